@@ -1,0 +1,1 @@
+"""Environments and what steps them: vector environments, rollouts, evaluation."""

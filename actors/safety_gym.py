@@ -1,0 +1,211 @@
+"""One Safety-Gymnasium environment: action repeat, normalised actions, exact and fast resets."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from actors import compat, fast_env, fast_reset, rendering, tasks
+from actors.observations import Coordinates, Lidar, Slices
+from common.types import VECTOR, ArraySpec, EnvSpec
+
+_safety_gymnasium = compat.safety_gymnasium()
+
+
+class Transition(NamedTuple):
+    """What one agent step of one environment brought."""
+
+    obs: dict[str, np.ndarray]  # "vector": float32 [n]
+    reward: float  # summed over the action repeat
+    cost: float  # summed over the action repeat
+    terminated: bool  # the environment itself ended the episode
+    truncated: bool  # the time limit did
+    env_steps: int  # simulator steps taken: fewer than the action repeat at an episode's end
+
+
+class _Simulator(Protocol):
+    """One env step at a time, in the simulator's own action units.
+
+    `step` returns (reward, cost, terminated, truncated), `observe` the newest state, float32 [size].
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    size: int
+    slices: Slices
+
+    def reset(self, seed: int | None) -> None: ...
+
+    def step(self, action: np.ndarray) -> tuple[float, float, bool, bool]: ...
+
+    def observe(self) -> np.ndarray: ...
+
+    def render(self) -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
+class _Navigation:
+    """A navigation task."""
+
+    def __init__(self, task: str, observation: str, render: bool):
+        # A run leaves the stretch that the fixed camera sees.
+        camera = "track" if "Run" in task else "fixedfar"
+        self._env: Any = _make(task, render, camera)
+        self._task = self._env.task
+        self._render = render
+        self.low, self.high = self._env.action_space.low, self._env.action_space.high
+        observe = Coordinates if observation == "coordinates" else Lidar
+        self._observation = observe(self._task, fast_env.accelerate(self._task))
+        self.size, self.slices = self._observation.size, self._observation.slices
+
+    def reset(self, seed: int | None) -> None:
+        if self._render and self._task.viewer is None:
+            self._env.reset(seed=seed)
+            self._env.render()  # the render context keeps the true sky of this first model
+        else:
+            with fast_reset.light_assets():
+                self._env.reset(seed=seed)
+        self._observation.bind()
+
+    def step(self, action: np.ndarray) -> tuple[float, float, bool, bool]:
+        _, reward, cost, terminated, truncated, _ = self._env.step(action)
+        return reward, cost, terminated, truncated
+
+    def observe(self) -> np.ndarray:
+        return self._observation.read()
+
+    def render(self) -> np.ndarray:
+        return self._env.render()
+
+    def close(self) -> None:
+        # The package leaves its viewers to the interpreter's exit, when OpenGL is already gone.
+        for viewer in self._task._viewers.values():
+            viewer.free()
+        self._task._viewers.clear()
+        self._task.viewer = None
+        self._env.close()
+
+
+class _Velocity:
+    """A velocity task. The time limit is counted here; the bare environments have none."""
+
+    def __init__(self, task: str, render: bool):
+        self.slices: Slices = {}
+        self._env: Any = _make(task, render, camera="track")
+        self._limit = tasks.time_limit(task)
+        self.low, self.high = self._env.action_space.low, self._env.action_space.high
+        self.size = int(np.prod(self._env.observation_space.shape))
+
+    def reset(self, seed: int | None) -> None:
+        self._obs, _ = self._env.reset(seed=seed)
+        self._steps = 0
+
+    def step(self, action: np.ndarray) -> tuple[float, float, bool, bool]:
+        self._obs, reward, cost, terminated, _, _ = self._env.step(action)
+        self._steps += 1
+        return reward, cost, terminated, self._steps >= self._limit
+
+    def observe(self) -> np.ndarray:
+        return self._obs.astype(np.float32)
+
+    def render(self) -> np.ndarray:
+        return self._env.render()
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _make(task: str, render: bool, camera: str) -> Any:
+    """The bare environment: its wrappers only check and count, which is done here."""
+    options: dict[str, Any] = {}
+    if render:
+        rendering.require_gl()
+        width, height = rendering.FRAME_SIZE
+        options = {"render_mode": "rgb_array", "width": width, "height": height, "camera_name": camera}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the package is older than its numpy
+        return _safety_gymnasium.make(task, disable_env_checker=True, **options).unwrapped
+
+
+class SafetyGymEnv:
+    """One environment with normalised actions and action repeat; the caller resets it.
+
+    Deterministic: the same seed and actions give the same episodes. `reset(None)` goes on with the
+    stream of layouts that the last seed (of the constructor, at first) started.
+
+    Raises `UserError` for an unknown task, an observation that the task does not have, and
+    `render=True` without OpenGL.
+    """
+
+    def __init__(
+        self, task: str, observation: str, action_repeat: int, seed: int | None = None, render: bool = False
+    ):
+        tasks.check_observation(task, observation)
+        navigation = tasks.is_navigation(task)
+        self._sim: _Simulator = (
+            _Navigation(task, observation, render) if navigation else _Velocity(task, render)
+        )
+        self._middle = (self._sim.high + self._sim.low).astype(np.float64) / 2
+        self._half = (self._sim.high - self._sim.low).astype(np.float64) / 2
+        self._next_seed = seed
+        self._repeat = action_repeat
+        self._done = True
+        self.spec = EnvSpec(
+            task=task,
+            obs={VECTOR: ArraySpec((self._sim.size,))},
+            action_size=len(self._middle),
+            action_repeat=action_repeat,
+            time_limit=tasks.time_limit(task),
+            slices=dict(self._sim.slices),
+        )
+
+    def reset(self, seed: int | None = None) -> dict[str, np.ndarray]:
+        """Starts an episode and returns its first observation."""
+        if seed is None:
+            seed, self._next_seed = self._next_seed, None
+        else:
+            self._next_seed = None
+        self._sim.reset(seed)
+        self._done = False
+        return {VECTOR: self._sim.observe()}
+
+    def step(self, action: np.ndarray) -> Transition:
+        """Repeats `action` (float [A], clipped to [-1, 1]) until the repeat count or the end."""
+        if self._done:
+            raise RuntimeError("The episode has ended (or never begun): call reset() first.")
+        simulated = self._middle + np.clip(action, -1.0, 1.0).astype(np.float64) * self._half
+        reward = cost = 0.0
+        terminated = truncated = False
+        env_steps = 0
+        while env_steps < self._repeat and not (terminated or truncated):
+            step_reward, step_cost, terminated, truncated = self._sim.step(simulated)
+            reward += step_reward
+            cost += step_cost
+            env_steps += 1
+        self._done = terminated or truncated
+        obs = {VECTOR: self._sim.observe()}
+        return Transition(obs, float(reward), float(cost), bool(terminated), bool(truncated), env_steps)
+
+    def render(self) -> np.ndarray:
+        """An outside view of the current state, uint8 [240, 320, 3]; needs `render=True`."""
+        return self._sim.render()
+
+    def close(self) -> None:
+        self._sim.close()
+
+
+def make_env(
+    task: str, observation: str, action_repeat: int, seed: int | None = None, render: bool = False
+) -> SafetyGymEnv:
+    """One environment; see `SafetyGymEnv`."""
+    return SafetyGymEnv(task, observation, action_repeat, seed, render)
+
+
+def env_spec(task: str, observation: str, action_repeat: int) -> EnvSpec:
+    """The description of an environment, without a reset (a few milliseconds after the import)."""
+    env = make_env(task, observation, action_repeat)
+    env.close()
+    return env.spec

@@ -1,0 +1,62 @@
+"""The tasks of Safety-Gymnasium 1.0.0 by their ids. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from common.types import UserError
+
+ROBOTS = ("Point", "Car", "Racecar", "Doggo", "Ant")
+LEVELLED = ("Goal", "Button", "Push", "Circle")
+VELOCITY_ROBOTS = ("HalfCheetah", "Hopper", "Swimmer", "Walker2d", "Ant", "Humanoid")
+COORDINATE_ROBOTS = ("Point", "Car", "Racecar", "Ant")
+SHORT_EPISODES = ("Circle", "Run")
+
+_NAVIGATION = re.compile(rf"Safety({'|'.join(ROBOTS)})({'|'.join(LEVELLED)}|Run)(\d)-v0")
+
+
+def list_tasks() -> list[str]:
+    """Ids of all navigation and velocity tasks."""
+    kinds = [f"{kind}{level}" for kind in LEVELLED for level in range(3)] + ["Run0"]
+    navigation = [f"Safety{robot}{kind}-v0" for kind in kinds for robot in ROBOTS]
+    return navigation + [f"Safety{robot}Velocity-v1" for robot in VELOCITY_ROBOTS]
+
+
+def check_task(task: str) -> None:
+    """Raises `UserError` with the nearest valid ids if `task` is not one of `list_tasks()`."""
+    known = list_tasks()
+    if task in known:
+        return
+    near = difflib.get_close_matches(task, known, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"A valid one is {known[0]}."
+    raise UserError(f"Unknown task {task!r}. {hint} `safedreamer list tasks` shows all {len(known)}.")
+
+
+def is_navigation(task: str) -> bool:
+    """Whether `task` is a navigation task (the others are velocity tasks)."""
+    return _NAVIGATION.fullmatch(task) is not None
+
+
+def has_coordinates(task: str) -> bool:
+    """Whether the `coordinates` observation exists for `task`."""
+    match = _NAVIGATION.fullmatch(task)
+    return match is not None and match[1] in COORDINATE_ROBOTS and match[2] == "Goal"
+
+
+def time_limit(task: str) -> int:
+    """Env steps after which an episode of `task` is truncated."""
+    match = _NAVIGATION.fullmatch(task)
+    return 500 if match is not None and match[2] in SHORT_EPISODES else 1000
+
+
+def check_observation(task: str, observation: str) -> None:
+    """Raises `UserError` if `task` does not exist or does not offer `observation`."""
+    check_task(task)
+    if observation not in ("lidar", "coordinates"):
+        raise UserError(f"Unknown observation {observation!r}: choose lidar or coordinates.")
+    if observation == "coordinates" and not has_coordinates(task):
+        raise UserError(
+            f"Task {task} has no coordinates observation: only Safety{{{','.join(COORDINATE_ROBOTS)}}}"
+            "Goal{0,1,2}-v0 have it. Use --env.observation lidar."
+        )

@@ -1,0 +1,1 @@
+"""What all rooms share: types, configuration, metrics, checkpoints."""

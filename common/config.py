@@ -1,0 +1,494 @@
+"""Configuration: frozen dataclasses are the schema, YAML layers and flags fill them.
+
+Order, later wins: `default.yaml`, method, size (and the method's own entry for that size), task,
+`--config` files, flags. Every layer passes the same typed checks, so that a wrong key or type is
+refused with the place it stands in and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from common.types import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    observation: Literal["lidar", "coordinates"] = "lidar"
+    """State observation: the task's own vector, or egocentric coordinates (Goal tasks)."""
+    action_repeat: int = 5
+    """Env steps per agent step; reward and cost are summed over them."""
+
+
+@dataclass(frozen=True)
+class ActorsConfig:
+    count: int = 1
+    """Actor processes."""
+    envs: int = 8
+    """Environments per actor process."""
+    slice_seconds: float = 1.0
+    """An actor reports to the driver after about this many seconds of acting."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    capacity: int = 1_000_000
+    """Agent steps kept; the oldest leave first."""
+    stride: int = 1
+    """Agent steps between the starts of stored windows."""
+    port: int = 0
+    """Port of the replay server on this machine; 0 picks a free one."""
+    checkpoint: bool = True
+    """Save the replay buffer with every checkpoint."""
+    import_mode: Literal["lite", "full"] = "lite"
+    """How Reverb is imported: only its shared libraries, or with all of TensorFlow."""
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    deter: int = 512
+    """Size of the deterministic (GRU) state."""
+    units: int = 512
+    """Width of the layers around the GRU and of the heads."""
+    stoch: int = 48
+    """Number of categorical variables in the stochastic state."""
+    classes: int = 48
+    """Classes of each categorical variable."""
+    encoder_layers: int = 5
+    """Hidden layers of the vector encoder and decoder."""
+    encoder_units: int = 1024
+    """Width of the vector encoder and decoder."""
+    head_layers: int = 2
+    """Hidden layers of the reward, cost and continue heads."""
+    bins: int = 255
+    """Bins of every two-hot head and critic."""
+    bin_range: float = 20.0
+    """Two-hot bins span +- this value, in symlog space."""
+    vector_loss_scale: float = 1.0
+    """Weight of the vector reconstruction loss."""
+    decoder_space: Literal["raw", "symlog"] = "raw"
+    """Space in which the vector decoder predicts (published: raw)."""
+    cost_weight: float = 10.0
+    """Weight of the cost loss where the true cost is at least 1."""
+    unimix: float = 0.01
+    """Share of the uniform distribution mixed into every categorical."""
+    free_nats: float = 1.0
+    """KL below this value is not penalised."""
+    dyn_scale: float = 0.5
+    """Weight of KL(stop_gradient(posterior) || prior)."""
+    rep_scale: float = 0.1
+    """Weight of KL(posterior || stop_gradient(prior))."""
+    lr: float = 1e-4
+    """Adam learning rate."""
+    eps: float = 1e-8
+    """Adam epsilon."""
+    clip: float = 1000.0
+    """Global gradient norm clip."""
+
+
+@dataclass(frozen=True)
+class BehaviorConfig:
+    layers: int = 2
+    """Hidden layers of actor and critics."""
+    units: int = 512
+    """Width of actor and critics."""
+    horizon: int = 15
+    """Imagined agent steps per start state."""
+    imagine_starts: int = 0
+    """Imagination starts per update, drawn from the batch; 0 takes every state."""
+    gamma: float = 1 - 1 / 333
+    """Discount per agent step."""
+    lambda_: float = 0.95
+    """Mixing of the lambda-return."""
+    entropy: float = 3e-4
+    """Weight of the actor's entropy bonus."""
+    slow_rate: float = 0.02
+    """Share by which the slow critics follow per update."""
+    moments_decay: float = 0.99
+    """Decay of the running 5th and 95th return percentiles."""
+    lr: float = 3e-5
+    """Adam learning rate of actor and critics."""
+    eps: float = 1e-5
+    """Adam epsilon of actor and critics."""
+    clip: float = 100.0
+    """Global gradient norm clip of actor and critics."""
+
+
+@dataclass(frozen=True)
+class AugmentedConfig:
+    multiplier: float = 1e-6
+    """Initial Lagrange multiplier."""
+    penalty: float = 5e-9
+    """Initial penalty coefficient c of the quadratic term."""
+    growth: float = 1e-5
+    """Relative growth of c per update."""
+    cap: float = math.inf
+    """Upper bound of the multiplier (published: none)."""
+    pessimistic: bool = True
+    """Sum the imagined cost return over the horizon (true) or average it (false)."""
+
+
+@dataclass(frozen=True)
+class PidConfig:
+    kp: float = 0.1
+    """Proportional gain per unit of episode cost."""
+    ki: float = 0.01
+    """Integral gain per unit of episode cost and episode."""
+    kd: float = 0.01
+    """Derivative gain."""
+    cap: float = 0.1
+    """Upper bound of the multiplier (also of the integral: no windup)."""
+    init: float = 0.001
+    """Initial integral term."""
+    warmup_env_steps: int = 5_000
+    """The multiplier is zero and the controller does not move before this many env steps."""
+    cost_decay: float = 0.99
+    """Decay of the running episode cost that the controller sees."""
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    cost_model: Literal["none", "learned", "geometric"] = "learned"
+    """Where imagined costs come from: no cost at all, a learned head, or decoded hazards."""
+    constraint: Literal["none", "augmented", "pid"] = "none"
+    """Constraint on the actor's objective."""
+    cost_limit: float = 2.0
+    """Limit b on the cost (per imagined return, plan or episode: see the method)."""
+    hazard_radius: float = 0.25
+    """Geometric cost: a hazard nearer than this (m) costs 1."""
+    augmented: AugmentedConfig = field(default_factory=AugmentedConfig)
+    pid: PidConfig = field(default_factory=PidConfig)
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    samples: int = 500
+    """Action sequences drawn per iteration."""
+    elites: int = 50
+    """Sequences kept per iteration."""
+    iterations: int = 6
+    """Iterations of the cross-entropy method per decision."""
+    horizon: int = 15
+    """Planned agent steps."""
+    init_std: float = 1.0
+    """Standard deviation of the first iteration."""
+    momentum: float = 0.1
+    """Share of the old mean kept in every iteration."""
+    mixture_coef: float = 0.0
+    """Actor proposals per iteration, as a share of `samples`."""
+    cost_scale_length: int = 1000
+    """The planned cost sum is scaled to an episode of this many agent steps; 0 does not scale."""
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    batch_size: int = 16
+    """Windows per batch."""
+    batch_length: int = 64
+    """Agent steps per window."""
+    train_ratio: float = 512.0
+    """Replayed agent steps per collected agent step."""
+    prefill: int = 1_000
+    """Agent steps collected with random actions before learning starts."""
+    publish_every: int = 10
+    """Updates between two parameter versions."""
+    log_every: int = 50
+    """Updates between two readings of the training metrics."""
+    max_bad_updates: int = 20
+    """Updates in a row with a non-finite loss or gradient after which the run stops."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 10_000
+    """Env steps between two evaluations; 0 evaluates only at the end."""
+    episodes: int = 5
+    """Episodes per evaluation during training."""
+    final_episodes: int = 10
+    """Episodes of the evaluation at the end of the run."""
+    seed: int = 0
+    """Seed of the evaluation layouts (never used in training)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_seconds: float = 300.0
+    """Wall-clock seconds between two checkpoints."""
+    keep: int = 3
+    """Complete checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    every_seconds: float = 5.0
+    """Seconds between two rows of `metrics.jsonl` (and lines, when there is no terminal)."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: Literal["online", "offline", "off"] = "off"
+    """Weights & Biases logging."""
+    wandb_project: str = "safedreamer"
+    """W&B project."""
+    live: bool = True
+    """Live terminal view (only on a terminal)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice of a run. A method, a size and a task are named presets of these fields."""
+
+    method: str = "bsrp_pid"
+    """Preset in configs/methods."""
+    task: str = "SafetyPointGoal1-v0"
+    """Safety-Gymnasium 1.0.0 task id."""
+    size: str = "nano"
+    """Preset in configs/sizes: nano (laptop CPU), small, paper (published figures)."""
+    seed: int = 0
+    """Seeds parameters, environments and exploration."""
+    env_steps: int = 400_000
+    """Env steps (simulator steps) to collect in all."""
+    policy: Literal["actor", "planner"] = "actor"
+    """Who acts: the actor network or the constrained planner."""
+    backend: Literal["local", "inline"] = "local"
+    """Processes under a local Ray, or everything in one process."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+_T = Any  # a dataclass instance
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-3` as a number, as YAML 1.2 does and YAML 1.1 does not."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?((\d[\d_]*)?\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*\.?([eE][-+]?\d+)|\d[\d_]*\.|\.(inf|nan))$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML mapping. Raises UserError for a missing file, bad syntax or anything but a mapping."""
+    try:
+        content = yaml.load(path.read_text(), _Loader)  # noqa: S506  (a SafeLoader)
+    except FileNotFoundError:
+        raise UserError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold `name: value` lines, not a {type(content).__name__}")
+    return content
+
+
+def merge(config: _T, layer: Mapping[str, Any], source: str, prefix: str = "") -> _T:
+    """`config` with the values of one (nested) layer, checked against the types of the fields.
+
+    Args:
+        source: where the layer comes from, for error messages.
+
+    Raises:
+        UserError: an unknown key (with the nearest valid one) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in layer.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise UserError(f"{source}: there is no setting `{name}`{did_you_mean(str(key), hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: `{name}` is a group of settings, not the value {value!r}")
+            changes[key] = merge(getattr(config, key), value, source, f"{name}.")
+        else:
+            changes[key] = _typed(value, hints[key], name, source)
+    return dataclasses.replace(config, **changes)
+
+
+def _typed(value: Any, hint: Any, name: str, source: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        # YAML reads a bare `off` as False.
+        if value is False and "off" in choices:
+            return "off"
+        options = ", ".join(map(str, choices))
+        hint_text = did_you_mean(str(value), choices)
+        raise UserError(f"{source}: `{name}` must be one of {options}, not {value!r}{hint_text}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
+        raise UserError(f"{source}: `{name}` must be a {hint.__name__}, not {value!r}")
+    return value
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """' (did you mean `x`?)' for the nearest of the choices, or nothing."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def presets(kind: str) -> list[str]:
+    """Names of the presets in configs/<kind>s, e.g. `presets("method")`."""
+    return sorted(path.stem for path in (CONFIG_DIR / f"{kind}s").glob("*.yaml"))
+
+
+def load(method: str, size: str, task: str, files: Iterable[Path] = ()) -> Config:
+    """Composes default, method, size, the method's entry for that size, task and files."""
+    config = merge(Config(), read_yaml(CONFIG_DIR / "default.yaml"), "configs/default.yaml")
+    method_layer = _preset("method", method)
+    by_size = method_layer.pop("sizes", {})
+    layers = [(f"configs/methods/{method}.yaml", method_layer)]
+    layers.append((f"configs/sizes/{size}.yaml", _preset("size", size)))
+    layers.append((f"configs/methods/{method}.yaml, sizes.{size}", by_size.get(size, {})))
+    layers += _task_layers(task)
+    layers += [(str(path), read_yaml(path)) for path in files]
+    for source, layer in layers:
+        config = merge(config, layer, source)
+    return dataclasses.replace(config, method=method, size=size, task=task)
+
+
+def _preset(kind: str, name: str) -> dict[str, Any]:
+    known = presets(kind)
+    if name not in known:
+        raise UserError(
+            f"there is no {kind} `{name}`{did_you_mean(name, known)}; {kind}s: {', '.join(known)}"
+        )
+    return read_yaml(CONFIG_DIR / f"{kind}s" / f"{name}.yaml")
+
+
+def _task_layers(task: str) -> list[tuple[str, dict[str, Any]]]:
+    """Task presets whose `match` patterns fit; a family's preset serves all of its tasks."""
+    layers = []
+    for path in sorted((CONFIG_DIR / "tasks").glob("*.yaml")):
+        layer = read_yaml(path)
+        if any(fnmatch.fnmatchcase(task, pattern) for pattern in layer.pop("match")):
+            layers.append((f"configs/tasks/{path.name}", layer))
+    return layers
+
+
+def to_dict(config: _T) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any], source: str) -> Config:
+    """A complete configuration, e.g. a run's config.yaml."""
+    return merge(Config(), values, source)
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML that `read_yaml` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Refuses combinations that cannot work. Raises UserError with the first one found."""
+    for problem in _problems(config):
+        raise UserError(problem)
+
+
+def _problems(config: Config) -> Iterable[str]:
+    yield from _not_positive(config)
+    learner, planner, safety = config.learner, config.planner, config.safety
+    if planner.elites > planner.samples:
+        yield f"planner.elites ({planner.elites}) must not exceed planner.samples ({planner.samples})"
+    window, capacity = learner.batch_length, config.replay.capacity
+    if window * learner.batch_size > capacity:
+        yield f"a batch ({learner.batch_size} x {window} steps) does not fit replay.capacity ({capacity})"
+    if config.replay.stride > window:
+        yield (
+            f"replay.stride ({config.replay.stride}) must not exceed learner.batch_length ({window}): "
+            "steps between two windows would never be replayed"
+        )
+    if learner.train_ratio * config.replay.stride / window < 1e-3:
+        yield f"learner.train_ratio ({learner.train_ratio}) is too small to train at all"
+    if safety.constraint != "none" and safety.cost_model == "none":
+        yield f"safety.constraint {safety.constraint} needs costs: set safety.cost_model to learned or geometric"
+    if config.policy == "planner" and safety.cost_model == "none":
+        yield "policy planner needs costs: set safety.cost_model to learned or geometric"
+    if config.policy == "planner" and safety.constraint != "none":
+        yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit itself"
+    if safety.cost_model == "geometric" and config.env.observation != "coordinates":
+        yield (
+            f"safety.cost_model geometric reads hazard positions: {config.task} must be observed with "
+            "env.observation coordinates (Goal tasks), or use a method that learns costs (osrp, bsrp_pid)"
+        )
+
+
+_MAY_BE_ZERO = {
+    "seed",
+    "actors.slice_seconds",
+    "replay.port",
+    "world_model.head_layers",
+    "world_model.unimix",
+    "world_model.free_nats",
+    "world_model.dyn_scale",
+    "world_model.rep_scale",
+    "behavior.imagine_starts",
+    "behavior.entropy",
+    "behavior.lambda_",
+    "behavior.moments_decay",
+    "safety.cost_limit",
+    "planner.momentum",
+    "planner.mixture_coef",
+    "planner.cost_scale_length",
+    "learner.prefill",
+    "evaluation.every",
+    "evaluation.seed",
+}
+
+
+def _not_positive(config: Config) -> Iterable[str]:
+    for name, value in flatten(to_dict(config)).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        zero_is_fine = name in _MAY_BE_ZERO or name.startswith(("safety.augmented.", "safety.pid."))
+        if math.isnan(value) or value < 0 or (value == 0 and not zero_is_fine):
+            yield f"`{name}` must be {'at least 0' if zero_is_fine else 'greater than 0'}, not {value}"
+        if math.isinf(value) and name != "safety.augmented.cap":
+            yield f"`{name}` must be finite"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

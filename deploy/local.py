@@ -1,0 +1,165 @@
+"""The parts of a run as Ray actors on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from common.config import Config
+from common.metrics import MetricsWriter
+from common.types import EnvSpec, UserError, replay_spec
+from deploy import run_dir as runs
+from deploy.weights import Holder, RayHolder
+from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
+from replay.server import ReplayServer
+
+_ROOT = Path(__file__).resolve().parent.parent
+_READY_SECONDS = 600.0  # restoring a large replay buffer takes minutes
+_STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
+
+# Actors share the machine with the learner, and small policies gain nothing from more threads.
+_ON_CPU = {"JAX_PLATFORMS": "cpu"}
+_ONE_THREAD = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+class RayProxy:
+    """Calls to a Ray actor as futures of the standard library."""
+
+    def __init__(self, handle: Any):
+        self._handle = handle
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        return getattr(self._handle, method).remote(*args).future()
+
+
+class _Replay:
+    """A replay server in a process of its own."""
+
+    def __init__(self, cfg: Config, spec: EnvSpec, directory: Path):
+        self._server = ReplayServer(
+            replay_spec(spec),
+            cfg.replay,
+            batch_length=cfg.learner.batch_length,
+            train_ratio=cfg.learner.train_ratio,
+            batch_size=cfg.learner.batch_size,
+            min_steps=cfg.learner.prefill,
+            streams=cfg.actors.count * cfg.actors.envs,
+            checkpoint_dir=directory,
+        )
+
+    def where(self) -> tuple[str, list[str]]:
+        """Its address, and sentences about damaged checkpoints."""
+        return f"{ray.util.get_node_ip_address()}:{self._server.port}", self._server.messages
+
+    def checkpoint(self) -> Path:
+        return self._server.checkpoint()
+
+
+class _Learner(LearnerWorker):
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, holder: Any, address: str):
+        super().__init__(cfg, spec, run, RayHolder(holder).put, address)
+
+
+class _Actor(ActorWorker):
+    def __init__(self, cfg: Config, spec: EnvSpec, holder: Any, *rest: Any):
+        super().__init__(cfg, spec, RayHolder(holder), *rest)
+
+
+class _Evaluator(EvaluatorWorker):
+    def __init__(self, cfg: Config, spec: EnvSpec, holder: Any):
+        super().__init__(cfg, spec, RayHolder(holder))
+
+
+class RayWorkers:
+    """The `deploy.driver.Workers` under Ray: starts a Ray of its own unless one is running in this process.
+
+    Raises UserError when Ray or the replay server cannot start.
+    """
+
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path):
+        self._cfg, self._spec, self._run = cfg, spec, run
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            start_ray()
+        self._handles: list[Any] = []
+        try:
+            self._holder = self._start(Holder)
+            replay = self._start(_Replay, cfg, spec, run / runs.REPLAY, env=_ON_CPU)
+            self._address, self.messages = self._reach(replay)
+            self.replay = RayProxy(replay)
+            arguments = (cfg, spec, run, self._holder, self._address)
+            self.learner = RayProxy(self._start(_Learner, *arguments, gpu=_gpus()))
+            self.evaluator = RayProxy(
+                self._start(_Evaluator, cfg, spec, self._holder, env=_ON_CPU | _ONE_THREAD)
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> RayProxy:
+        return RayProxy(self._start(MetricsWriter, self._run, self._cfg.logging, cfg, resume_env_steps))
+
+    def actor(self, index: int, life: int, prefill: int) -> RayProxy:
+        arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill)
+        return RayProxy(self._start(_Actor, *arguments, env=_ON_CPU | _ONE_THREAD))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            with contextlib.suppress(Exception):
+                ray.kill(handle)
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _start(self, part: type, *args: Any, env: dict[str, str] | None = None, gpu: float = 0) -> Any:
+        # CPUs are oversubscribed on purpose: the rate limiter shares them out better than Ray can.
+        remote = ray.remote(num_cpus=0, num_gpus=gpu)(part)
+        handle = remote.options(runtime_env={"env_vars": env or {}}).remote(*args)
+        self._handles.append(handle)
+        return handle
+
+    def _reach(self, replay: Any) -> tuple[str, list[str]]:
+        try:
+            return ray.get(replay.where.remote(), timeout=_READY_SECONDS)
+        except ray.exceptions.RayActorError as error:
+            raise UserError(_root_cause(error)) from error
+
+
+def start_ray() -> None:
+    """A Ray on this machine for this process alone. Raises UserError with the nearest right thing to do."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            configure_logging=True,
+            logging_level="error",
+            log_to_driver=True,
+            object_store_memory=_STORE_BYTES,
+            runtime_env={"env_vars": {"PYTHONPATH": path}},
+        )
+    except Exception as error:
+        raise UserError(
+            f"Ray did not start ({' '.join(str(error).split())[:300]}); `safedreamer doctor` checks it, and "
+            "--backend inline trains without it"
+        ) from error
+
+
+def _gpus() -> float:
+    return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+
+
+def _root_cause(error: BaseException) -> str:
+    """The sentence that a part failed with, without Ray's traceback around it."""
+    cause = getattr(error, "cause", None) or error.__cause__
+    return str(cause) if isinstance(cause, UserError) else str(error)

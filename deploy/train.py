@@ -1,0 +1,94 @@
+"""`safedreamer train`: from a resolved configuration to a finished run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from common.config import Config
+from common.plots import plot_run
+from common.status import Status
+from common.terminal import RunResult, TerminalView, print_result
+from common.types import EnvSpec, replay_spec
+from deploy import run_dir as runs
+from deploy import wiring
+from deploy.driver import Driver, Outcome, Workers
+from replay.table import memory_ceiling
+
+logger = logging.getLogger(__name__)
+
+
+def _inline(cfg: Config, spec: EnvSpec, run: Path) -> Workers:
+    from deploy.inline import InlineWorkers
+
+    return InlineWorkers(cfg, spec, run)
+
+
+def _local(cfg: Config, spec: EnvSpec, run: Path) -> Workers:
+    from deploy.local import RayWorkers
+
+    return RayWorkers(cfg, spec, run)
+
+
+BACKENDS: dict[str, Callable[[Config, EnvSpec, Path], Workers]] = {"inline": _inline, "local": _local}
+
+
+def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
+    """Trains in an existing run directory, prints the result, and draws the curves.
+
+    Raises UserError when the run cannot start or go on.
+    """
+    spec = wiring.spec_of(cfg)
+    wiring.train_step(cfg, spec)  # refuses what only the environment's description can tell
+    status = Status(cfg.method, cfg.task, cfg.size, cfg.seed, run, cfg.env_steps)
+    status.train_ratio_target = cfg.learner.train_ratio
+    with (
+        runs.lock(run),
+        TerminalView(status, live=cfg.logging.live, every_seconds=cfg.logging.every_seconds),
+    ):
+        _announce_memory(cfg, spec)
+        workers = BACKENDS[cfg.backend](cfg, spec, run)
+        try:
+            for message in workers.messages:
+                logger.warning(message)
+            outcome = Driver(cfg, spec, run, workers, status).run(resume)
+        finally:
+            workers.close()
+    _report(cfg, run, outcome)
+    return outcome
+
+
+def _announce_memory(cfg: Config, spec: EnvSpec) -> None:
+    ceiling = memory_ceiling(replay_spec(spec), cfg.replay, batch_length=cfg.learner.batch_length)
+    free = psutil.virtual_memory().available
+    text = f"replay: at most {ceiling / 1e9:.2f} GB for {cfg.replay.capacity:,} agent steps ({free / 1e9:.1f} GB free)"
+    logger.info(text)
+    if ceiling > free:
+        logger.warning("%s; choose a smaller --replay.capacity if it fills up", text)
+
+
+def _report(cfg: Config, run: Path, outcome: Outcome) -> None:
+    counters = outcome.counters
+    plot: Path | None = None
+    try:
+        plot = plot_run(run, run / runs.PLOT)
+    except OSError as error:
+        logger.warning("the curves could not be drawn: %s", error)
+    if outcome.summary is None:
+        return
+    print_result(
+        RunResult(
+            summary=outcome.summary,
+            env_steps=counters.env_steps,
+            updates=counters.updates,
+            wall_seconds=counters.wall_seconds,
+            train_ratio=counters.train_ratio(cfg.learner.prefill),
+            train_ratio_target=cfg.learner.train_ratio,
+            run_dir=run,
+            plot=plot,
+        )
+    )
+

@@ -1,0 +1,118 @@
+"""The only place where parts meet. A configured name becomes a function here, once.
+
+Another constraint, cost model or way to act is one more line in the tables below; a method is a YAML
+file in configs/methods that picks from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from actors.evaluate import evaluation_seeds
+from actors.rollout import Rollout
+from actors.safety_gym import env_spec
+from actors.vector_env import SafetyVectorEnv
+from common.config import Config, SafetyConfig
+from common.types import EnvSpec, ParamSource, Policy, UserError, Writer
+from learner.actor_critic import CostModel
+from learner.lagrange import Constraint, augmented, pid, unconstrained
+from learner.policy import Choose, actor_choice, make_policy, planner_choice
+from learner.train_step import TrainStep
+from learner.world_model import geometric_cost
+
+CONSTRAINTS: dict[str, Callable[[SafetyConfig], Constraint]] = {
+    "none": lambda safety: unconstrained(),
+    "augmented": lambda safety: augmented(safety.augmented, safety.cost_limit),
+    "pid": lambda safety: pid(safety.pid, safety.cost_limit),
+}
+
+
+def _geometric(safety: SafetyConfig, spec: EnvSpec) -> CostModel:
+    if "hazards" not in spec.slices:
+        raise UserError(
+            f"{spec.task} shows no hazard positions, which safety.cost_model geometric needs; "
+            "use safety.cost_model learned"
+        )
+    count = partial(geometric_cost, hazards=spec.slices["hazards"], radius=safety.hazard_radius)
+    return lambda model, latent: count(model.decode(latent))
+
+
+COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], CostModel | None]] = {
+    "none": lambda safety, spec: None,
+    "learned": lambda safety, spec: lambda model, latent: model.cost(latent).mean,
+    "geometric": _geometric,
+}
+
+
+def _planner(cfg: Config, spec: EnvSpec, explore: bool) -> Choose:
+    cost_model = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec)
+    assert cost_model is not None  # refused by config.check
+    return planner_choice(cost_model, cfg.planner, cfg.behavior, cfg.safety.cost_limit)
+
+
+POLICIES: dict[str, Callable[[Config, EnvSpec, bool], Choose]] = {
+    "actor": lambda cfg, spec, explore: actor_choice(explore=explore),
+    "planner": _planner,
+}
+
+
+def spec_of(cfg: Config) -> EnvSpec:
+    """The environment's description. Raises UserError for an unknown task or observation."""
+    return env_spec(cfg.task, cfg.env.observation, cfg.env.action_repeat)
+
+
+def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
+    return TrainStep(
+        spec=spec,
+        cfg=cfg,
+        constraint=CONSTRAINTS[cfg.safety.constraint](cfg.safety),
+        cost_model=COST_MODELS[cfg.safety.cost_model](cfg.safety, spec),
+        learn_cost=cfg.safety.cost_model == "learned",
+    )
+
+
+def policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
+    """The configured policy; without `explore` it is deterministic up to the model's own sampling."""
+    model = cfg.world_model
+    choose = POLICIES[cfg.policy](cfg, spec, explore)
+    rows = cfg.planner.horizon + 1 if cfg.policy == "planner" else 0
+    return make_policy(choose, model.deter, model.stoch, model.classes, spec.action_size, rows)
+
+
+def rollout(
+    cfg: Config,
+    spec: EnvSpec,
+    source: ParamSource,
+    writers: Sequence[Writer],
+    *,
+    actor: int,
+    life: int,
+    prefill: int,
+) -> Rollout:
+    """One actor's acting loop.
+
+    Args:
+        actor: its number.
+        life: how often it was started before (or the run's env steps at a resume): every life sees
+            layouts and noise of its own.
+        prefill: agent steps that this actor takes at random first.
+    """
+    seed = _seed(cfg.seed, actor, life)
+    env = SafetyVectorEnv(cfg.task, cfg.env.observation, cfg.env.action_repeat, cfg.actors.envs, seed)
+    acting = policy(cfg, spec, explore=True)
+    return Rollout(env, acting, source, writers, seed=seed, name=f"actor{actor}", random_steps=prefill)
+
+
+def evaluation_env(cfg: Config, seed: int, episodes: int, *, render: bool = False) -> SafetyVectorEnv:
+    """The held-out episodes of the evaluation protocol."""
+    seeds = evaluation_seeds(seed, episodes)
+    return SafetyVectorEnv.for_evaluation(
+        cfg.task, cfg.env.observation, cfg.env.action_repeat, seeds, render=render
+    )
+
+
+def _seed(*parts: int) -> int:
+    import numpy as np
+
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -1,0 +1,167 @@
+"""The parts of a run as plain objects with short calls; inline.py puts them in threads, local.py in Ray.
+
+A call does a bounded slice of work and returns a report. The driver asks again, so that stopping,
+checkpoints and supervision need no signals between processes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from actors.evaluate import evaluate
+from actors.rollout import RolloutReport
+from common.config import Config
+from common.types import EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
+from deploy import run_dir as runs
+from deploy import wiring
+from learner.learner import Learner, LearnerReport
+from replay.sampler import BatchSampler
+from replay.writer import StreamWriter
+
+_GRACE_SECONDS = 1.0  # an append may hold a slice up this long past its end
+_FIRST_PARAMS_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Started:
+    """How the learner came up."""
+
+    meta: dict[str, Any] | None  # of the checkpoint it continues from
+    compile_seconds: float
+    backend: str  # cpu, gpu
+    warnings: list[str] = field(default_factory=list)
+
+
+class LearnerWorker:
+    """Learner and sampler in one process."""
+
+    def __init__(
+        self, cfg: Config, spec: EnvSpec, run: Path, publish: Callable[[int, Params], None], address: str
+    ):
+        self._cfg, self._spec, self._address = cfg, spec, address
+        self._checkpoints = run / runs.CHECKPOINTS
+        self._sampler: BatchSampler | None = None
+        self._learner = Learner(wiring.train_step(cfg, spec), self._next_batch, publish, run)
+
+    def start(self, resume: bool) -> Started:
+        """Restores, compiles, publishes the first version. Call it once, before anything else."""
+        restored = self._learner.restore(self._checkpoints) if resume else None
+        seconds = self._learner.compile()
+        self._learner.publish()
+        self._sampler = BatchSampler(
+            self._address,
+            replay_spec(self._spec),
+            batch_size=self._cfg.learner.batch_size,
+            batch_length=self._cfg.learner.batch_length,
+            import_mode=self._cfg.replay.import_mode,
+        )
+        meta, skipped = (restored.meta, restored.skipped) if restored else (None, [])
+        return Started(meta, seconds, jax.default_backend(), skipped)
+
+    def run(self, seconds: float, episodes: Sequence[EpisodeResult], env_steps: int) -> LearnerReport:
+        return self._learner.run(seconds, episodes, env_steps)
+
+    def save(self, meta: dict[str, Any]) -> None:
+        self._learner.save(self._checkpoints, meta)
+
+    def publish(self) -> int:
+        return self._learner.publish()
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+
+    def _next_batch(self, timeout: float) -> Any:
+        assert self._sampler is not None
+        return self._sampler.next(timeout)
+
+
+class ActorWorker:
+    """One rollout with its environments and writers."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        spec: EnvSpec,
+        source: ParamSource,
+        address: str,
+        actor: int,
+        life: int,
+        prefill: int,
+    ):
+        self._deadline = 0.0
+        self._stopped = threading.Event()
+        signature = replay_spec(spec)
+        length = cfg.learner.batch_length
+        writers = [
+            StreamWriter(address, signature, cfg.replay, length, should_stop=self._overdue)
+            for _ in range(cfg.actors.envs)
+        ]
+        self._rollout = wiring.rollout(cfg, spec, source, writers, actor=actor, life=life, prefill=prefill)
+
+    def start(self) -> None:
+        """Waits for the first parameters and compiles."""
+        self._rollout.warm_up(_FIRST_PARAMS_SECONDS)
+
+    def run(self, seconds: float, max_env_steps: int) -> RolloutReport:
+        self._deadline = time.monotonic() + seconds + _GRACE_SECONDS
+        return self._rollout.run(seconds, max_env_steps, self._stopped.is_set)
+
+    def finish(self) -> None:
+        """Sends the last windows to replay and frees the environments."""
+        self._deadline = float("inf")
+        self._rollout.close()
+
+    def stop(self) -> None:
+        """Shortens the slice in progress; may be called from another thread."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._rollout.close()
+
+    def _overdue(self) -> bool:
+        return self._stopped.is_set() or time.monotonic() > self._deadline
+
+
+class EvaluatorWorker:
+    """Plays evaluation episodes with the newest parameters."""
+
+    def __init__(self, cfg: Config, spec: EnvSpec, source: ParamSource):
+        self._cfg, self._source = cfg, source
+        self._policy = wiring.policy(cfg, spec, explore=False)
+        self._act = jax.jit(self._policy.act)
+        self._version, self._params = 0, None
+        self._env: Any = None
+        self._stopped = threading.Event()
+
+    def evaluate(self, episodes: int) -> list[EpisodeResult] | None:
+        """Results of the protocol's first `episodes` episodes; None when stopped before the end."""
+        newest = self._source.get(self._version)
+        if newest is not None:
+            self._version, self._params = newest
+        if self._params is None:
+            raise RuntimeError("evaluation before any parameters were published")
+        seed = self._cfg.evaluation.seed
+        if self._env is None or self._env.num_envs != episodes:
+            self._env = wiring.evaluation_env(self._cfg, seed, episodes)
+        return evaluate(
+            self._env,
+            self._policy,
+            self._params,
+            seed=seed,
+            version=self._version,
+            act=self._act,
+            should_stop=self._stopped.is_set,
+        )
+
+    def stop(self) -> None:
+        """Ends the evaluation in progress; may be called from another thread."""
+        self._stopped.set()

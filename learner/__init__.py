@@ -1,0 +1,1 @@
+"""The mathematics of SafeDreamer in JAX and the loop that trains it."""

@@ -1,0 +1,143 @@
+"""Imagination, actor, and one critic for reward and cost (ALGORITHM: section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from common.config import BehaviorConfig, WorldModelConfig
+from learner.distributions import BoundedNormal, TwoHot
+from learner.layers import Head
+from learner.returns import lambda_return, trajectory_weight
+from learner.rssm import RSSM, Latent
+from learner.world_model import WorldModel, two_hot_bins
+
+CostModel = Callable[[WorldModel, Latent], Float[Array, "*n"]]  # predicted cost of arriving at a latent
+
+
+class Actor(eqx.Module):
+    head: Head
+
+    def __init__(self, key: PRNGKeyArray, feat: int, action_size: int, cfg: BehaviorConfig):
+        self.head = Head(key, feat, cfg.units, cfg.layers, 2 * action_size)
+
+    def __call__(self, feat: Float[Array, "*n F"]) -> BoundedNormal:
+        mean, std = jnp.split(self.head(feat), 2, -1)
+        return BoundedNormal.from_raw(mean, std)
+
+
+class Critic(eqx.Module):
+    """Two-hot value of a latent and a slow copy that regularises it."""
+
+    fast: Head
+    slow: Head
+    bins: int = eqx.field(static=True)
+    bin_range: float = eqx.field(static=True)
+
+    def __init__(self, key: PRNGKeyArray, feat: int, cfg: BehaviorConfig, model: WorldModelConfig):
+        self.fast = Head(key, feat, cfg.units, cfg.layers, model.bins, outscale=0.0)
+        self.slow = jax.tree.map(jnp.copy, self.fast)
+        self.bins, self.bin_range = model.bins, model.bin_range
+
+    def value(self, feat: Float[Array, "*n F"]) -> TwoHot:
+        return self._two_hot(self.fast, feat)
+
+    def slow_value(self, feat: Float[Array, "*n F"]) -> TwoHot:
+        return self._two_hot(self.slow, feat)
+
+    def with_fast(self, fast: Head) -> Critic:
+        return eqx.tree_at(lambda c: c.fast, self, fast)
+
+    def follow(self, rate: float | Float[Array, ""]) -> Critic:
+        """Moves the slow copy by `rate` of the way."""
+        slow = jax.tree.map(lambda s, f: s + rate * (f - s), self.slow, self.fast)
+        return eqx.tree_at(lambda c: c.slow, self, slow)
+
+    def _two_hot(self, head: Head, feat: Array) -> TwoHot:
+        return TwoHot(head(feat), jnp.linspace(-self.bin_range, self.bin_range, self.bins))
+
+
+def critic_loss(
+    critic: Critic, feat: Float[Array, "H N F"], target: Float[Array, "H N"], weight: Float[Array, "H N"]
+) -> Float[Array, ""]:
+    """-log p(R) - log p(slow mean), weighted (DreamerV3, eq. 8 and its regulariser)."""
+    value = critic.value(feat)
+    slow = jax.lax.stop_gradient(critic.slow_value(feat).mean)
+    return -(weight * (value.log_prob(target) + value.log_prob(slow))).mean()
+
+
+class Imagined(NamedTuple):
+    """A rollout of the prior under the actor; states 0..H, actions chosen at 0..H-1."""
+
+    latents: Latent  # [H+1, N, ...]
+    entropy: Float[Array, "H N"]  # of the actor at states 0..H-1
+
+
+def imagine(
+    rssm: RSSM, actor: Actor, start: Latent, horizon: int, key: PRNGKeyArray, action_size: int
+) -> Imagined:
+    """Rolls the prior `horizon` steps from N start states; differentiable in the actor's parameters."""
+    key_action, key_state = jax.random.split(key)
+    count = start.deter.shape[0]
+    noise = jax.random.normal(key_action, (horizon, count, action_size))
+    gumbel = jax.random.gumbel(key_state, (horizon, count, rssm.stoch, rssm.classes))
+
+    def step(latent: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, tuple[Latent, Array]]:
+        noise_t, gumbel_t = inputs
+        policy = actor(jax.lax.stop_gradient(latent.feat))
+        following = rssm.img_step(latent, policy.sample_with(noise_t), gumbel_t)
+        return following, (following, policy.entropy())
+
+    _, (latents, entropy) = jax.lax.scan(step, start, (noise, gumbel))
+    latents = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, latents)
+    return Imagined(latents, entropy)
+
+
+class Signal(NamedTuple):
+    """Returns of one signal (reward or cost) along imagined trajectories."""
+
+    return_: Float[Array, "H N"]
+    value: Float[Array, "H+1 N"]
+
+
+class Outcome(NamedTuple):
+    """An imagined rollout, valued. `cost` is None for methods without a cost."""
+
+    imagined: Imagined
+    reward: Signal
+    cost: Signal | None
+    weight: Float[Array, "H N"]
+
+
+def evaluate(
+    imagined: Imagined,
+    start_cont: Float[Array, " N"],
+    model: WorldModel,
+    critic: Critic,
+    cost_critic: Critic | None,
+    cost_model: CostModel,
+    cfg: BehaviorConfig,
+) -> Outcome:
+    """Lambda-returns of reward and cost with the critics' means as values.
+
+    Args:
+        start_cont: 1 - is_terminal of the start states; later states use the mode of the continue head.
+    """
+    latents = imagined.latents
+    feat = latents.feat
+    cont = jnp.concatenate([start_cont[None], model.cont(latents).mode[1:]])
+    cont = jax.lax.stop_gradient(cont)
+    discount = cfg.gamma * cont[1:]
+
+    def signal(predicted: Array, judge: Critic) -> Signal:
+        value = judge.value(feat).mean
+        return Signal(lambda_return(predicted[1:], value[1:], discount, cfg.lambda_), value)
+
+    reward = signal(model.reward(latents).mean, critic)
+    cost = None if cost_critic is None else signal(cost_model(model, latents), cost_critic)
+    return Outcome(imagined, reward, cost, trajectory_weight(cont, cfg.gamma)[:-1])

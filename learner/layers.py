@@ -1,0 +1,114 @@
+"""Dense building blocks, initialised as the published DreamerV3/SafeDreamer networks are.
+
+Modules are equinox pytrees whose only leaves are arrays, so plain `jax.jit` and `jax.grad` work.
+All of them act on the last axis and broadcast over leading ones.
+"""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+_TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal truncated at 2 sigma
+_NORM_EPS = 1e-3
+
+
+def symlog(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """sign(x) ln(|x| + 1): compresses large values of either sign (DreamerV3, eq. 9)."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def symexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Inverse of `symlog`."""
+    return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+
+def truncated_normal(key: PRNGKeyArray, fan_in: int, fan_out: int, scale: float) -> Float[Array, "i o"]:
+    """Kernel with std sqrt(scale / fan_avg) after truncation at 2 sigma; zeros for scale 0."""
+    if scale == 0.0:
+        return jnp.zeros((fan_in, fan_out))
+    std = jnp.sqrt(scale / ((fan_in + fan_out) / 2)) / _TRUNCATED_STD
+    return std * jax.random.truncated_normal(key, -2.0, 2.0, (fan_in, fan_out))
+
+
+class Linear(eqx.Module):
+    """x W (+ b)."""
+
+    weight: Float[Array, "i o"]
+    bias: Float[Array, " o"] | None
+
+    def __init__(
+        self, key: PRNGKeyArray, fan_in: int, fan_out: int, *, bias: bool = True, outscale: float = 1.0
+    ):
+        self.weight = truncated_normal(key, fan_in, fan_out, outscale)
+        self.bias = jnp.zeros(fan_out) if bias else None
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class LayerNorm(eqx.Module):
+    """Normalises the last axis in float32, whatever the compute precision."""
+
+    scale: Float[Array, " d"]
+    bias: Float[Array, " d"]
+
+    def __init__(self, size: int):
+        self.scale = jnp.ones(size)
+        self.bias = jnp.zeros(size)
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + _NORM_EPS)
+        return (y * self.scale + self.bias).astype(x.dtype)
+
+
+class Dense(eqx.Module):
+    """SiLU(LayerNorm(x W)); the norm's bias makes a bias of the kernel redundant."""
+
+    linear: Linear
+    norm: LayerNorm
+
+    def __init__(self, key: PRNGKeyArray, fan_in: int, fan_out: int):
+        self.linear = Linear(key, fan_in, fan_out, bias=False)
+        self.norm = LayerNorm(fan_out)
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        return jax.nn.silu(self.norm(self.linear(x)))
+
+
+class MLP(eqx.Module):
+    """`layers` hidden `Dense` layers of width `units`; no output layer."""
+
+    layers: tuple[Dense, ...]
+
+    def __init__(self, key: PRNGKeyArray, fan_in: int, units: int, layers: int):
+        keys = jax.random.split(key, layers)
+        sizes = [fan_in] + [units] * layers
+        self.layers = tuple(Dense(k, i, o) for k, i, o in zip(keys, sizes, sizes[1:], strict=False))
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n units"]:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Head(eqx.Module):
+    """An MLP and a linear output layer."""
+
+    mlp: MLP
+    out: Linear
+
+    def __init__(
+        self, key: PRNGKeyArray, fan_in: int, units: int, layers: int, fan_out: int, outscale: float = 1.0
+    ):
+        key_mlp, key_out = jax.random.split(key)
+        self.mlp = MLP(key_mlp, fan_in, units, layers)
+        self.out = Linear(key_out, units, fan_out, outscale=outscale)
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        return self.out(self.mlp(x))

@@ -1,0 +1,153 @@
+"""Constrained cross-entropy planning for one state (OSRP); `jax.vmap` gives the batch.
+
+Source: SafeDreamer, alg. 1 and section 5.1, with the named deviations of ALGORITHM.md section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from common.config import BehaviorConfig, PlannerConfig
+from learner.actor_critic import Actor, CostModel, Critic
+from learner.returns import lambda_return
+from learner.rssm import Latent
+from learner.world_model import WorldModel
+
+
+class Scores(NamedTuple):
+    """What the planner knows of every candidate."""
+
+    return_: Float[Array, " S"]  # lambda-return at the first state
+    cost: Float[Array, " S"]  # predicted costs, summed and scaled to an episode
+
+
+class Plan(NamedTuple):
+    """Result of planning one decision."""
+
+    mean: Float[Array, "H+1 A"]  # its first row is the action
+    stats: dict[str, Float[Array, ""]]
+
+
+Score = Callable[[Float[Array, "S H+1 A"], PRNGKeyArray], Scores]
+
+
+def plan(
+    score: Score,
+    mean: Float[Array, "H+1 A"],
+    proposals: Float[Array, "M H+1 A"],
+    key: PRNGKeyArray,
+    cfg: PlannerConfig,
+    cost_limit: float,
+) -> Plan:
+    """Refines an action sequence by the cross-entropy method under a cost limit.
+
+    Each iteration draws `cfg.samples` sequences around the mean, adds the proposals, keeps
+    `cfg.elites` of them (see `elite_indices`) and moves:
+    mean <- m mean + (1 - m) mean(elites), std <- std(elites).
+
+    Args:
+        score: values candidate sequences from the present state.
+        mean: last decision's plan, already shifted (zeros at the episode's start).
+        proposals: sequences of the actor; M may be 0.
+    """
+
+    def iterate(carry: tuple[Array, Array], key: PRNGKeyArray) -> tuple[tuple[Array, Array], dict]:
+        mean, std = carry
+        key_noise, key_score = jax.random.split(key)
+        noise = jax.random.normal(key_noise, (cfg.samples, *mean.shape))
+        drawn = jnp.clip(mean + std * noise, -1.0, 1.0)
+        candidates = jnp.concatenate([drawn, proposals])
+        scores = score(candidates, key_score)
+        safe = scores.cost <= cost_limit
+        elites = elite_indices(scores.return_, scores.cost, safe, cfg.elites)
+        chosen = candidates[elites]
+        mean = cfg.momentum * mean + (1 - cfg.momentum) * chosen.mean(0)
+        stats = {
+            "num_safe": safe.sum().astype(jnp.float32),
+            "return": scores.return_[elites].mean(),
+            "cost": scores.cost[elites].mean(),
+            "std": chosen.std(0).mean(),
+        }
+        return (mean, chosen.std(0)), stats
+
+    std = jnp.full_like(mean, cfg.init_std)
+    (mean, _), stats = jax.lax.scan(iterate, (mean, std), jax.random.split(key, cfg.iterations))
+    return Plan(mean, {name: x[-1] for name, x in stats.items()})
+
+
+def elite_indices(
+    objective: Float[Array, " S"], cost: Float[Array, " S"], safe: Bool[Array, " S"], count: int
+) -> Int[Array, " count"]:
+    """Indices of the elites.
+
+    With at least `count` safe candidates: those of highest objective among the safe ones. With fewer:
+    the lowest costs, ties broken by objective. **Deviation**: unsafe candidates are masked, never padded
+    by candidate 0, and ties in cost are broken.
+    """
+    best_safe = jax.lax.top_k(jnp.where(safe, objective, -jnp.inf), count)[1]
+    cheapest = jnp.lexsort((-objective, cost))[:count]
+    return jnp.where(safe.sum() >= count, best_safe, cheapest)
+
+
+def shift(mean: Float[Array, "H+1 A"]) -> Float[Array, "H+1 A"]:
+    """Last decision's plan, one step on; the last row is repeated."""
+    return jnp.concatenate([mean[1:], mean[-1:]])
+
+
+def model_score(
+    model: WorldModel,
+    critic: Critic,
+    cost_model: CostModel,
+    latent: Latent,
+    cfg: PlannerConfig,
+    behavior: BehaviorConfig,
+) -> Score:
+    """Scores candidates by rolling the world model's prior from one latent."""
+
+    def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:
+        count, horizon = candidates.shape[0], cfg.horizon
+        rssm = model.rssm
+        start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), latent)
+        gumbel = jax.random.gumbel(key, (horizon, count, rssm.stoch, rssm.classes))
+
+        def step(state: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, Latent]:
+            following = rssm.img_step(state, *inputs)
+            return following, following
+
+        actions = candidates.swapaxes(0, 1)[:horizon]
+        _, latents = jax.lax.scan(step, start, (actions, gumbel))
+        discount = behavior.gamma * model.cont(latents).mode
+        value = critic.value(latents.feat).mean
+        return_ = lambda_return(model.reward(latents).mean, value, discount, behavior.lambda_)[0]
+        cost = cost_model(model, latents).sum(0)
+        scale = cfg.cost_scale_length / horizon if cfg.cost_scale_length else 1.0
+        return Scores(return_, cost * scale)
+
+    return score
+
+
+def actor_proposals(
+    model: WorldModel, actor: Actor, latent: Latent, count: int, horizon: int, key: PRNGKeyArray
+) -> Float[Array, "M H+1 A"]:
+    """Action sequences of the actor, imagined from one latent."""
+    action_size = actor.head.out.weight.shape[1] // 2
+    if count == 0:
+        return jnp.zeros((0, horizon + 1, action_size))
+    key_noise, key_state = jax.random.split(key)
+    rssm = model.rssm
+    noise = jax.random.normal(key_noise, (horizon + 1, count, action_size))
+    gumbel = jax.random.gumbel(key_state, (horizon + 1, count, rssm.stoch, rssm.classes))
+    start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), latent)
+
+    def step(state: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, Array]:
+        noise_t, gumbel_t = inputs
+        action = jnp.clip(actor(state.feat).sample_with(noise_t), -1.0, 1.0)
+        return rssm.img_step(state, action, gumbel_t), action
+
+    _, actions = jax.lax.scan(step, start, (noise, gumbel))
+    return actions.swapaxes(0, 1)

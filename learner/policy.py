@@ -1,0 +1,104 @@
+"""Policies: filter the observation into a latent, then let the actor or the planner choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from common.config import BehaviorConfig, PlannerConfig
+from common.types import Policy
+from learner import planner
+from learner.actor_critic import Actor, CostModel, Critic
+from learner.rssm import Latent
+from learner.world_model import WorldModel
+
+
+class ActingParams(NamedTuple):
+    """What the learner broadcasts. The critic is None where the actor acts: it needs none."""
+
+    model: WorldModel
+    actor: Actor
+    critic: Critic | None
+
+
+class Carry(NamedTuple):
+    """Recurrent state of k environments, masked at `is_first`."""
+
+    latent: Latent  # [k, ...]
+    action: Float[Array, "k A"]
+    plan: Float[Array, "k H+1 A"]  # H+1 = 0 where the actor acts
+
+
+# (params, latent [k], plan [k], key) -> (actions [k, A], plan [k], stats)
+Choose = Callable[[ActingParams, Latent, Array, PRNGKeyArray], tuple[Array, Array, dict]]
+
+
+def make_policy(choose: Choose, deter: int, stoch: int, classes: int, action_size: int, plan: int) -> Policy:
+    """Wraps a way to choose actions into a policy over observations.
+
+    Args:
+        plan: rows of the plan in the carry; 0 for none.
+    """
+
+    def init(count: int) -> Carry:
+        latent = Latent(jnp.zeros((count, deter)), jnp.zeros((count, stoch, classes)))
+        return Carry(latent, jnp.zeros((count, action_size)), jnp.zeros((count, plan, action_size)))
+
+    def act(
+        params: ActingParams,
+        carry: Carry,
+        obs: dict[str, Array],
+        is_first: Bool[Array, " k"],
+        key: PRNGKeyArray,
+    ) -> tuple[Carry, Array, dict]:
+        key_state, key_choice = jax.random.split(key)
+        rssm = params.model.rssm
+        embed = params.model.encode(obs)
+        gumbel = jax.random.gumbel(key_state, carry.latent.stoch.shape)
+        latent = rssm.obs_step(carry.latent, carry.action, is_first, embed, gumbel)
+        previous = jnp.where(is_first[:, None, None], 0.0, carry.plan)
+        action, plan_, stats = choose(params, latent, previous, key_choice)
+        action = jnp.clip(action, -1.0, 1.0)
+        return Carry(latent, action, plan_), action, stats
+
+    return Policy(init, act)
+
+
+def actor_choice(*, explore: bool) -> Choose:
+    """The actor's sample (training) or mean (evaluation)."""
+
+    def choose(params: ActingParams, latent: Latent, plan: Array, key: PRNGKeyArray) -> tuple:
+        policy = params.actor(latent.feat)
+        if not explore:
+            return policy.mean, plan, {}
+        return policy.sample_with(jax.random.normal(key, policy.mean.shape)), plan, {}
+
+    return choose
+
+
+def planner_choice(
+    cost_model: CostModel, cfg: PlannerConfig, behavior: BehaviorConfig, cost_limit: float
+) -> Choose:
+    """The constrained planner, vmapped over environments; the action is the plan's first row."""
+    proposals = int(cfg.mixture_coef * cfg.samples)
+
+    def plan_one(params: ActingParams, latent: Latent, previous: Array, key: PRNGKeyArray) -> planner.Plan:
+        assert params.critic is not None
+        key_actor, key_plan = jax.random.split(key)
+        score = planner.model_score(params.model, params.critic, cost_model, latent, cfg, behavior)
+        sequences = planner.actor_proposals(
+            params.model, params.actor, latent, proposals, cfg.horizon, key_actor
+        )
+        return planner.plan(score, planner.shift(previous), sequences, key_plan, cfg, cost_limit)
+
+    def choose(params: ActingParams, latent: Latent, plan: Array, key: PRNGKeyArray) -> tuple:
+        keys = jax.random.split(key, plan.shape[0])
+        result = jax.vmap(plan_one, in_axes=(None, 0, 0, 0))(params, latent, plan, keys)
+        stats = {f"plan/{name}": x.mean() for name, x in result.stats.items()}
+        return result.mean[:, 0], result.mean, stats
+
+    return choose

@@ -1,0 +1,224 @@
+"""One pure training step: world model, imagination, actor, critics, constraint.
+
+`step(state, batch, key) -> state, metrics` is jitted once with donated state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from common.config import BehaviorConfig, Config
+from common.types import Batch, EnvSpec
+from learner.actor_critic import Actor, CostModel, Critic, Outcome, Signal, critic_loss, evaluate, imagine
+from learner.lagrange import Constraint
+from learner.policy import ActingParams
+from learner.returns import Moments
+from learner.rssm import Latent
+from learner.world_model import WorldModel
+
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes; a checkpoint holds all of it."""
+
+    model: WorldModel
+    actor: Actor
+    critic: Critic
+    cost_critic: Critic | None
+    model_opt: Any
+    actor_opt: Any
+    critic_opt: Any
+    cost_critic_opt: Any
+    moments: Moments
+    multiplier: Any  # the constraint's state
+    updates: Int[Array, ""]
+    bad_in_row: Int[Array, ""]  # updates skipped because something was not finite, since the last good one
+    key: PRNGKeyArray
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """The trainable system: how its state starts, how it moves, what it broadcasts."""
+
+    spec: EnvSpec
+    cfg: Config
+    constraint: Constraint
+    cost_model: CostModel | None  # None: the method knows no cost
+    learn_cost: bool
+
+    def init(self, seed: int) -> TrainState:
+        cfg = self.cfg
+        key, key_model, key_actor, key_critic, key_cost = jax.random.split(jax.random.PRNGKey(seed), 5)
+        feat = cfg.world_model.deter + cfg.world_model.stoch * cfg.world_model.classes
+        model = WorldModel(key_model, self.spec, cfg.world_model, learn_cost=self.learn_cost)
+        actor = Actor(key_actor, feat, self.spec.action_size, cfg.behavior)
+        critic = Critic(key_critic, feat, cfg.behavior, cfg.world_model)
+        cost_critic = None
+        if self.cost_model is not None:
+            cost_critic = Critic(key_cost, feat, cfg.behavior, cfg.world_model)
+        optimizers = self._optimizers()
+        return TrainState(
+            model=model,
+            actor=actor,
+            critic=critic,
+            cost_critic=cost_critic,
+            model_opt=optimizers.model.init(model),
+            actor_opt=optimizers.actor.init(actor),
+            critic_opt=optimizers.critic.init(critic.fast),
+            cost_critic_opt=None if cost_critic is None else optimizers.critic.init(cost_critic.fast),
+            moments=Moments.init(),
+            multiplier=self.constraint.init(),
+            updates=jnp.zeros((), jnp.int32),
+            bad_in_row=jnp.zeros((), jnp.int32),
+            key=key,
+        )
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Trains everything on one batch [B, T, ...]; an update that is not finite changes nothing."""
+        key, key_model, key_start, key_imagine = jax.random.split(state.key, 4)
+        optimizers = self._optimizers()
+
+        (_, (observed, metrics)), grads = jax.value_and_grad(WorldModel.loss, has_aux=True)(
+            state.model, batch, key_model
+        )
+        model, model_opt, metrics["grad/model"] = _apply(optimizers.model, grads, state.model_opt, state.model)
+
+        start, cont = _starts(observed.latents, batch, self.cfg.behavior, key_start)
+        (actor_loss, (outcome, moments, violation, more)), grads = jax.value_and_grad(
+            self._actor_loss, has_aux=True
+        )(state.actor, model, state, start, cont, key_imagine)
+        metrics |= {"loss/actor": actor_loss} | more
+        actor, actor_opt, metrics["grad/actor"] = _apply(optimizers.actor, grads, state.actor_opt, state.actor)
+
+        feat = outcome.imagined.latents.feat[:-1]
+        rate = jnp.where(state.updates == 0, 1.0, self.cfg.behavior.slow_rate)
+
+        def train_critic(critic: Critic, opt_state: Any, signal: Signal, name: str) -> tuple[Critic, Any]:
+            loss, grads = jax.value_and_grad(critic_loss)(critic, feat, signal.return_, outcome.weight)
+            metrics[f"loss/{name}"] = loss
+            fast, opt_state, metrics[f"grad/{name}"] = _apply(
+                optimizers.critic, grads.fast, opt_state, critic.fast
+            )
+            return critic.with_fast(fast).follow(rate), opt_state
+
+        critic, critic_opt = train_critic(state.critic, state.critic_opt, outcome.reward, "critic")
+        cost_critic, cost_critic_opt = None, None
+        if state.cost_critic is not None and outcome.cost is not None:
+            cost_critic, cost_critic_opt = train_critic(
+                state.cost_critic, state.cost_critic_opt, outcome.cost, "cost_critic"
+            )
+
+        trained = TrainState(
+            model=model,
+            actor=actor,
+            critic=critic,
+            cost_critic=cost_critic,
+            model_opt=model_opt,
+            actor_opt=actor_opt,
+            critic_opt=critic_opt,
+            cost_critic_opt=cost_critic_opt,
+            moments=moments,
+            multiplier=self.constraint.on_batch(state.multiplier, violation),
+            updates=state.updates + 1,
+            bad_in_row=jnp.zeros_like(state.bad_in_row),
+            key=key,
+        )
+        metrics["safety/multiplier"] = trained.multiplier.multiplier
+        return _keep_if_finite(trained, state, key, metrics)
+
+    def acting(self, state: TrainState) -> ActingParams:
+        """Parameters that a policy needs, for broadcasting."""
+        critic = state.critic if self.cfg.policy == "planner" else None
+        return ActingParams(state.model, state.actor, critic)
+
+    def _actor_loss(
+        self,
+        actor: Actor,
+        model: WorldModel,
+        state: TrainState,
+        start: Latent,
+        cont: Array,
+        key: PRNGKeyArray,
+    ) -> tuple[Array, tuple[Outcome, Moments, Array, Metrics]]:
+        """-(advantage + entropy bonus) under the constraint, mean over imagined states (ALGORITHM: 2, 3)."""
+        cfg = self.cfg.behavior
+        imagined = imagine(model.rssm, actor, start, cfg.horizon, key, self.spec.action_size)
+        outcome = evaluate(
+            imagined, cont, model, state.critic, state.cost_critic, self.cost_model or _no_cost, cfg
+        )
+        reward = outcome.reward
+        moments = state.moments.update(jax.lax.stop_gradient(reward.return_), cfg.moments_decay)
+        advantage = (reward.return_ - reward.value[:-1]) / moments.scale
+        objective = outcome.weight * (advantage + cfg.entropy * imagined.entropy)
+        loss, violation = self.constraint.penalise(state.multiplier, -objective.mean(), outcome)
+        metrics = {
+            "behavior/return": reward.return_.mean(),
+            "behavior/value": reward.value.mean(),
+            "behavior/return_scale": moments.scale,
+            "behavior/entropy": imagined.entropy.mean(),
+            "safety/violation": violation,
+        }
+        if outcome.cost is not None:
+            metrics["behavior/cost_return"] = outcome.cost.return_.mean()
+            metrics["behavior/cost_value"] = outcome.cost.value.mean()
+        outcome, moments, violation = jax.lax.stop_gradient((outcome, moments, violation))
+        return loss, (outcome, moments, violation, metrics)
+
+    def _optimizers(self) -> _Optimizers:
+        model, behavior = self.cfg.world_model, self.cfg.behavior
+        return _Optimizers(
+            model=_adam(model.lr, model.eps, model.clip),
+            actor=_adam(behavior.lr, behavior.eps, behavior.clip),
+            critic=_adam(behavior.lr, behavior.eps, behavior.clip),
+        )
+
+
+class _Optimizers(NamedTuple):
+    model: optax.GradientTransformation
+    actor: optax.GradientTransformation
+    critic: optax.GradientTransformation  # reward and cost critic each have a state of their own
+
+
+def _adam(lr: float, eps: float, clip: float) -> optax.GradientTransformation:
+    # Adam acts elementwise: one flat vector gives equal numbers from far fewer kernels to compile and run.
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(clip), optax.adam(lr, eps=eps)))
+
+
+def _apply(
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any, Array]:
+    """One optimiser step; also returns the gradient's global norm before clipping."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+
+
+def _starts(latents: Latent, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[Latent, Array]:
+    """Imagination starts [N, ...]: every posterior of the batch, or a random part of them."""
+    cont = 1.0 - batch["is_terminal"].reshape(-1).astype(jnp.float32)
+    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(-1, *x.shape[2:]), latents)
+    if not 0 < cfg.imagine_starts < cont.shape[0]:
+        return flat, cont
+    chosen = jax.random.permutation(key, cont.shape[0])[: cfg.imagine_starts]
+    return jax.tree.map(lambda x: x[chosen], flat), cont[chosen]
+
+
+def _no_cost(model: WorldModel, latent: Latent) -> Array:
+    raise TypeError("the method has no cost model")
+
+
+def _keep_if_finite(
+    trained: TrainState, before: TrainState, key: PRNGKeyArray, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """Takes the new state only if every loss and gradient norm is finite; else counts a bad update."""
+    checked = [x for name, x in metrics.items() if name.startswith(("loss/", "grad/"))]
+    good = jnp.isfinite(jnp.stack(checked)).all()
+    skipped = before._replace(key=key, bad_in_row=before.bad_in_row + 1)
+    state = jax.tree.map(lambda new, old: jnp.where(good, new, old), trained, skipped)
+    return state, metrics | {"train/bad_in_row": state.bad_in_row}

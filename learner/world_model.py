@@ -1,0 +1,146 @@
+"""World model: encoder, RSSM, decoder and heads, with the loss that trains them (ALGORITHM: section 1)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from common.config import WorldModelConfig
+from common.types import VECTOR, Batch, EnvSpec
+from learner.distributions import Bernoulli, OneHot, TwoHot
+from learner.layers import MLP, Head, symexp, symlog
+from learner.rssm import RSSM, Latent
+
+
+class Observed(NamedTuple):
+    """What filtering a batch gives to whoever continues from it."""
+
+    latents: Latent  # posterior [B, T, ...]
+    posterior: OneHot  # [B, T, S, K]
+    prior: OneHot  # [B, T, S, K]
+
+
+class WorldModel(eqx.Module):
+    """Predicts observations, rewards, costs and continuation from latents.
+
+    `cost_head` is None when costs are not learned (unsafe methods, geometric cost).
+    """
+
+    encoder: MLP
+    rssm: RSSM
+    decoder: Head
+    reward_head: Head
+    cost_head: Head | None
+    cont_head: Head
+    cfg: WorldModelConfig = eqx.field(static=True)
+
+    def __init__(self, key: PRNGKeyArray, spec: EnvSpec, cfg: WorldModelConfig, *, learn_cost: bool):
+        keys = jax.random.split(key, 6)
+        vector = spec.obs[VECTOR].shape[0]
+        feat = cfg.deter + cfg.stoch * cfg.classes
+        self.cfg = cfg
+        self.encoder = MLP(keys[0], vector, cfg.encoder_units, cfg.encoder_layers)
+        self.rssm = RSSM(keys[1], cfg, spec.action_size, cfg.encoder_units)
+        self.decoder = Head(keys[2], feat, cfg.encoder_units, cfg.encoder_layers, vector)
+        self.reward_head = Head(keys[3], feat, cfg.units, cfg.head_layers, cfg.bins, outscale=0.0)
+        self.cost_head = Head(keys[4], feat, cfg.units, cfg.head_layers, cfg.bins) if learn_cost else None
+        self.cont_head = Head(keys[5], feat, cfg.units, cfg.head_layers, 1)
+
+    def encode(self, obs: dict[str, Float[Array, "*n O"]]) -> Float[Array, "*n E"]:
+        return self.encoder(symlog(obs[VECTOR]))
+
+    def decode(self, latent: Latent) -> Float[Array, "*n O"]:
+        """Predicted state observation, in the environment's units."""
+        x = self.decoder(latent.feat)
+        return symexp(x) if self.cfg.decoder_space == "symlog" else x
+
+    def reward(self, latent: Latent) -> TwoHot:
+        return TwoHot(self.reward_head(latent.feat), two_hot_bins(self.cfg))
+
+    def cost(self, latent: Latent) -> TwoHot:
+        if self.cost_head is None:
+            raise TypeError("this world model learns no cost; see SafetyConfig.cost_model")
+        return TwoHot(self.cost_head(latent.feat), two_hot_bins(self.cfg))
+
+    def cont(self, latent: Latent) -> Bernoulli:
+        return Bernoulli(self.cont_head(latent.feat)[..., 0])
+
+    def observe(self, batch: Batch, key: PRNGKeyArray) -> Observed:
+        """Filters a batch [B, T, ...] of replayed windows."""
+        embed = self.encode({name: batch[name] for name in (VECTOR,)})
+        latents, posterior, prior = self.rssm.observe(embed, batch["action"], batch["is_first"], key)
+        return Observed(latents, posterior, prior)
+
+    def loss(self, batch: Batch, key: PRNGKeyArray) -> tuple[Array, tuple[Observed, dict[str, Array]]]:
+        """Mean over B and T of all negative log-likelihoods and the balanced KL.
+
+        Returns:
+            The scalar loss, and (observed, metrics): each term's mean as `loss/*`, KL and entropies.
+        """
+        cfg = self.cfg
+        observed = self.observe(batch, key)
+        latents, posterior, prior = observed
+        losses = {
+            "vector": cfg.vector_loss_scale * self._vector_loss(latents, batch[VECTOR]),
+            "reward": -self.reward(latents).log_prob(batch["reward"]),
+            "cont": -self.cont(latents).log_prob(1.0 - batch["is_terminal"]),
+            **kl_losses(posterior, prior, cfg),
+        }
+        if self.cost_head is not None:
+            weight = jnp.where(batch["cost"] >= 1.0, cfg.cost_weight, 1.0)
+            losses["cost"] = -weight * self.cost(latents).log_prob(batch["cost"])
+        metrics = {f"loss/{name}": x.mean() for name, x in losses.items()}
+        metrics["model/kl"] = posterior.kl(prior).mean()
+        metrics["model/prior_entropy"] = prior.entropy().mean()
+        metrics["model/posterior_entropy"] = posterior.entropy().mean()
+        total = sum(x.mean() for x in losses.values())
+        return jnp.asarray(total), (observed, metrics)
+
+    def _vector_loss(self, latents: Latent, target: Float[Array, "B T O"]) -> Float[Array, "B T"]:
+        prediction = self.decoder(latents.feat)
+        if self.cfg.decoder_space == "symlog":
+            target = symlog(target)
+        return jnp.square(prediction - target).sum(-1)
+
+
+def two_hot_bins(cfg: WorldModelConfig) -> Float[Array, " bins"]:
+    return jnp.linspace(-cfg.bin_range, cfg.bin_range, cfg.bins)
+
+
+def kl_losses(posterior: OneHot, prior: OneHot, cfg: WorldModelConfig) -> dict[str, Float[Array, "B T"]]:
+    """KL balancing with free nats (DreamerV3, eq. 5).
+
+    dyn = max(free, KL(sg(post) || prior)) trains the prior, rep = max(free, KL(post || sg(prior))) the
+    posterior; both are returned with their scales applied.
+    """
+    sg = jax.lax.stop_gradient
+    dyn = jnp.maximum(cfg.free_nats, OneHot(sg(posterior.logits)).kl(prior))
+    rep = jnp.maximum(cfg.free_nats, posterior.kl(OneHot(sg(prior.logits))))
+    return {"dyn": cfg.dyn_scale * dyn, "rep": cfg.rep_scale * rep}
+
+
+_BORDER_SOFTNESS = 0.05  # m, width of the border through which the geometric cost passes gradients
+
+
+def geometric_cost(
+    vector: Float[Array, "*n O"], hazards: tuple[int, int], radius: float
+) -> Float[Array, "*n"]:
+    """Number of hazards within `radius` metres of the robot (OSRP-Vector).
+
+    The count is exact; its gradient is that of a sigmoid of the distance to the border (**ours**: a count
+    has none, and an actor that is trained through the model needs one).
+
+    Args:
+        vector: state observations.
+        hazards: slice of the egocentric (x, y) pairs, from `EnvSpec.slices`.
+    """
+    start, stop = hazards
+    positions = vector[..., start:stop].reshape(*vector.shape[:-1], -1, 2)
+    distance = jnp.sqrt(jnp.square(positions).sum(-1) + 1e-12)
+    inside: Bool[Array, "*n hazards"] = distance <= radius
+    soft = jax.nn.sigmoid((radius - distance) / _BORDER_SOFTNESS)
+    return (soft + jax.lax.stop_gradient(inside - soft)).sum(-1)

@@ -1,0 +1,138 @@
+"""The replay server: one table of windows, its rate limiter, its checkpoints. Give it its own process."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import ReplayConfig
+from common.types import ArraySpec, UserError
+from replay import backend
+from replay.storage import CheckpointStore
+from replay.table import table_spec
+
+_PORT_SECONDS = 10.0  # how long a predecessor that was just killed may hold the port
+
+
+@dataclass(frozen=True)
+class ReplayInfo:
+    """State of the table; the counts survive a restore. Prefetched samples count as sampled."""
+
+    size: int  # items that can be sampled
+    inserted: int  # items
+    sampled: int  # items
+
+
+class ReplayServer:
+    """Serves one table: uniform sampling, oldest out first, samples tied to inserts by `train_ratio`.
+
+    With a `checkpoint_dir` the newest intact checkpoint is restored first; `restored` names it and
+    `messages` holds sentences about damaged ones, for the caller to log. `streams` is the number of
+    environments that write. `port` (default `cfg.port`; 0 picks one) stays the same over restarts, so that
+    writers and samplers find the server again: choose it once and pass it to every restart.
+
+    Raises UserError when the port is taken, when the checkpoint belongs to another table definition
+    (naming the field), and where there is no Reverb. Do not sample in the server's own process.
+    """
+
+    def __init__(
+        self,
+        signature: Mapping[str, ArraySpec],
+        cfg: ReplayConfig,
+        *,
+        batch_length: int,
+        train_ratio: float,
+        batch_size: int,
+        min_steps: int,
+        streams: int = 1,
+        port: int | None = None,
+        checkpoint_dir: Path | None = None,
+    ):
+        self.spec = table_spec(
+            signature,
+            cfg,
+            batch_length=batch_length,
+            train_ratio=train_ratio,
+            batch_size=batch_size,
+            min_steps=min_steps,
+            streams=streams,
+        )
+        self.messages: list[str] = []
+        self.restored: Path | None = None
+        self._store = CheckpointStore(checkpoint_dir, self.spec) if checkpoint_dir is not None else None
+        if self._store is not None:
+            self.restored, self.messages = self._store.newest()
+        self.port = (cfg.port if port is None else port) or free_port()
+        _await_port(self.port)
+        self._server = self._start(backend.load(cfg.import_mode))
+        self._client = backend.connect(f"localhost:{self.port}", cfg.import_mode)
+
+    def checkpoint(self) -> Path:
+        """Saves the table and returns the directory. Older checkpoints survive a failure (UserError)."""
+        if self._store is None:
+            raise RuntimeError("This replay server was started without a checkpoint directory.")
+        try:
+            return self._store.adopt(Path(self._client.checkpoint()))
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"The replay buffer could not be saved in {self._store.directory}: {error}. "
+                "Make room on the disk, or switch it off with --replay.no-checkpoint."
+            ) from error
+
+    def info(self) -> ReplayInfo:
+        """What is in the table now, and what went through it."""
+        table = self._client.server_info(timeout=10)[backend.TABLE]
+        limiter = table.rate_limiter_info
+        return ReplayInfo(table.current_size, limiter.insert_stats.completed, limiter.sample_stats.completed)
+
+    def stop(self) -> None:
+        """Ends the service; writers and samplers that wait for it go on waiting."""
+        self._server.stop()
+
+    def _start(self, reverb: Any) -> Any:
+        spec = self.spec
+        checkpointer = None
+        if self._store is not None:
+            # Reverb restores the fallback because its own directory is empty.
+            fallback = None if self.restored is None else str(self.restored)
+            checkpointer = reverb.checkpointers.DefaultCheckpointer(
+                str(self._store.scratch), fallback_checkpoint_path=fallback
+            )
+        table = reverb.Table(
+            name=backend.TABLE,
+            sampler=reverb.selectors.Uniform(),
+            remover=reverb.selectors.Fifo(),
+            max_size=spec.max_size,
+            rate_limiter=reverb.rate_limiters.SampleToInsertRatio(
+                spec.samples_per_insert, spec.min_size, spec.error_range
+            ),
+        )
+        return reverb.Server([table], port=self.port, checkpointer=checkpointer)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _await_port(port: int) -> None:
+    """Raises UserError when the port stays taken: Reverb would share it and serve half of the requests."""
+    deadline = time.monotonic() + _PORT_SECONDS
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                return probe.bind(("", port))
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise UserError(
+                        f"Port {port} for the replay server can not be used ({error.strerror}): "
+                        "choose another --replay.port, or 0 for a free one."
+                    ) from error
+        time.sleep(0.2)

@@ -1,0 +1,99 @@
+"""Where checkpoints of the table lie, and which of them may be restored. Pure, without Reverb.
+
+    replay/
+        scratch/    Reverb's own directory: it deletes what else it finds there, so nothing is left in it
+        000007/     a complete checkpoint, sealed by manifest.json together with the table's definition
+        000008/
+
+A save is moved out of `scratch` by one rename, so a killed save leaves nothing that looks complete.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from common.manifest import DamagedCheckpoint, sync_directory, verify, write_manifest
+from common.types import UserError
+from replay.table import TableSpec
+
+FORMAT = 1  # of the columns, see `replay.table.Layout`
+KEEP = 2  # complete checkpoints: were the newest damaged, the one before it is used
+_NAME = re.compile(r"\d{6,}")
+# What Reverb restores together with the data, silently, and which setting of the user defines it.
+_FIXED = {
+    "format": "the version of this software",
+    "signature": "the observations and actions of the task",
+    "batch_length": "learner.batch_length",
+    "stride": "replay.stride",
+    "max_size": "replay.capacity",
+    "samples_per_insert": "learner.train_ratio",
+}
+
+
+class CheckpointStore:
+    """The checkpoints of one table. Creates the directory; raises UserError where it can not be written."""
+
+    def __init__(self, directory: Path, spec: TableSpec):
+        self.directory = Path(directory).absolute()
+        self.scratch = self.directory / "scratch"
+        self._definition = definition(spec)
+        try:
+            shutil.rmtree(self.scratch, ignore_errors=True)  # an interrupted save
+            self.scratch.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The replay checkpoints can not be kept in {self.directory}: {error}."
+            ) from error
+
+    def complete(self) -> list[Path]:
+        """Checkpoints, newest first; whether they are intact is not checked."""
+        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest intact checkpoint, and a sentence for every newer one that is damaged.
+
+        Raises UserError when it holds a table that is defined differently from the present one.
+        """
+        skipped: list[str] = []
+        for path in self.complete():
+            try:
+                content = verify(path)
+            except DamagedCheckpoint as error:
+                skipped.append(f"The replay {error}; it is passed over.")
+                continue
+            self._compare(path, content.get("table", {}))
+            return path, skipped
+        return None, skipped
+
+    def adopt(self, saved: Path) -> Path:
+        """Seals what Reverb has saved, moves it to its final place and deletes all but the newest `KEEP`."""
+        write_manifest(saved, {"table": self._definition})
+        existing = self.complete()
+        number = int(existing[0].name) + 1 if existing else 1
+        final = saved.rename(self.directory / f"{number:06d}")
+        sync_directory(self.directory)
+        for old in self.complete()[KEEP:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def _compare(self, path: Path, stored: dict[str, Any]) -> None:
+        for field, setting in _FIXED.items():
+            if stored.get(field) != self._definition[field]:
+                raise UserError(
+                    f"The replay checkpoint {path} was made with another {field} "
+                    f"({stored.get(field)} instead of {self._definition[field]}): keep {setting} as it was, "
+                    f"or remove {self.directory} to start with an empty replay buffer."
+                )
+
+
+def definition(spec: TableSpec) -> dict[str, Any]:
+    """What of the table a checkpoint fixes, as plain JSON."""
+    signature = {
+        name: {"shape": list(array.shape), "dtype": array.dtype} for name, array in spec.signature.items()
+    }
+    fields = {field: getattr(spec, field) for field in _FIXED if field not in ("format", "signature")}
+    return {"format": FORMAT, "signature": signature, **fields}

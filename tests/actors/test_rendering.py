@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from actors import rendering
+from actors.safety_gym import make_env
+from actors.vector_env import SafetyVectorEnv
+from common.types import UserError
+
+needs_gl = pytest.mark.skipif(rendering.gl_backend() is None, reason="no headless OpenGL here")
+
+
+def test_without_gl_the_error_names_the_packages(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(rendering, "_loads", lambda library: False)
+    assert rendering.gl_backend() is None
+    with pytest.raises(UserError, match=r"libegl1 libgles2 .*libosmesa6"):
+        make_env("SafetyPointGoal1-v0", "lidar", 1, render=True)
+
+
+def test_osmesa_is_second_choice(monkeypatch):
+    monkeypatch.setattr(rendering, "_loads", lambda library: library == "OSMesa")
+    assert rendering.gl_backend() == "osmesa"
+
+
+@needs_gl
+def test_frames_show_the_true_sky_in_every_episode(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", rendering.gl_backend() or "")
+    env = SafetyVectorEnv.for_evaluation("SafetyPointGoal1-v0", "coordinates", 5, [0], render=True)
+    plain = SafetyVectorEnv.for_evaluation("SafetyPointGoal1-v0", "coordinates", 5, [0])
+    actions = np.array([[1.0, 0.3]], np.float32)
+    steps, frames = [], []
+    for _ in range(3):
+        steps.append((env.step(actions), plain.step(actions)))
+        frames.append(env.render(0))
+    for shown, unseen in steps:  # looking changes nothing
+        np.testing.assert_array_equal(shown.obs["vector"], unseen.obs["vector"])
+        np.testing.assert_array_equal(shown.reward, unseen.reward)
+    assert frames[0].shape == (240, 320, 3)
+    assert frames[0].dtype == np.uint8
+    assert (frames[0] != frames[2]).any()
+    env._envs[0].reset(1)
+    frames.append(env.render(0))
+    # Stars, not the flat black sky of a fast reset; the fixed camera sees the same ones always.
+    assert frames[0][:30].max() > 0
+    np.testing.assert_allclose(frames[3][:30].astype(int), frames[0][:30], atol=2)
+    env.close()
+
+
+@needs_gl
+@pytest.mark.parametrize("task", ["SafetyHopperVelocity-v1", "SafetyHumanoidVelocity-v1"])
+def test_velocity_frames_follow_the_robot(task, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", rendering.gl_backend() or "")
+    env = make_env(task, "lidar", 1, seed=0, render=True)
+    env.reset()
+    frame = env.render()
+    assert frame.shape == (240, 320, 3)
+    model = env._sim._env.model  # pyright: ignore[reportAttributeAccessIssue]
+    assert "track" in [model.camera(i).name for i in range(model.ncam)]  # else: a free camera, silently
+    env.close()
