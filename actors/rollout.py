@@ -39,7 +39,11 @@ class EpisodeMeter:
 
     def add(self, step: Step, partial: np.ndarray, version: int) -> list[EpisodeResult]:
         """Adds one step of all environments; `partial` [k] marks ends of episodes that were cut short."""
-        for total, value in ((self._return, step.reward), (self._cost, step.cost), (self._length, step.env_steps)):
+        for total, value in (
+            (self._return, step.reward),
+            (self._cost, step.cost),
+            (self._length, step.env_steps),
+        ):
             total[step.is_first] = 0
             total += value
         return [
@@ -109,11 +113,7 @@ class Rollout:
         started = time.monotonic()
         waited = self._waited()
         stats: dict[str, Any] = {}
-        while (
-            time.monotonic() - started < seconds
-            and report.env_steps < max_env_steps
-            and not should_stop()
-        ):
+        while time.monotonic() - started < seconds and report.env_steps < max_env_steps and not should_stop():
             self._refresh()
             stats = self._decide_and_step(report) or stats
         report.seconds = time.monotonic() - started
@@ -150,7 +150,7 @@ class Rollout:
         return np.asarray(actions), stats
 
     def _write(self, step: Step, actions: np.ndarray) -> None:
-        version = np.int32(self._version)
+        version = np.asarray(self._version, np.int32)
         for i, writer in enumerate(self._writers):
             writer.append(
                 {

@@ -30,7 +30,7 @@ def check_task(task: str) -> None:
         return
     near = difflib.get_close_matches(task, known, n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"A valid one is {known[0]}."
-    raise UserError(f"Unknown task {task!r}. {hint} `safedreamer list tasks` shows all {len(known)}.")
+    raise UserError(f"Unknown task {task!r}. {hint} `safedreamer list` shows all {len(known)}.")
 
 
 def is_navigation(task: str) -> bool:

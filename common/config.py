@@ -291,7 +291,9 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?((\d[\d_]*)?\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*\.?([eE][-+]?\d+)|\d[\d_]*\.|\.(inf|nan))$"),
+    re.compile(
+        r"^[-+]?((\d[\d_]*)?\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*\.?([eE][-+]?\d+)|\d[\d_]*\.|\.(inf|nan))$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -299,7 +301,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML mapping. Raises UserError for a missing file, bad syntax or anything but a mapping."""
     try:
-        content = yaml.load(path.read_text(), _Loader)  # noqa: S506  (a SafeLoader)
+        content = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise UserError(f"there is no configuration file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -346,6 +348,8 @@ def _typed(value: Any, hint: Any, name: str, source: str) -> Any:
         options = ", ".join(map(str, choices))
         hint_text = did_you_mean(str(value), choices)
         raise UserError(f"{source}: `{name}` must be one of {options}, not {value!r}{hint_text}")
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e6 means a million
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
@@ -362,6 +366,12 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 def presets(kind: str) -> list[str]:
     """Names of the presets in configs/<kind>s, e.g. `presets("method")`."""
     return sorted(path.stem for path in (CONFIG_DIR / f"{kind}s").glob("*.yaml"))
+
+
+def describe(kind: str, name: str) -> str:
+    """The comment on the first line of a preset."""
+    first = (CONFIG_DIR / f"{kind}s" / f"{name}.yaml").read_text().split("\n", 1)[0]
+    return first.removeprefix("#").strip()
 
 
 def load(method: str, size: str, task: str, files: Iterable[Path] = ()) -> Config:
@@ -399,6 +409,7 @@ def _task_layers(task: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def to_dict(config: _T) -> dict[str, Any]:
+    """The configuration as nested dicts, as YAML and JSON hold it."""
     return dataclasses.asdict(config)
 
 
@@ -437,11 +448,11 @@ def _problems(config: Config) -> Iterable[str]:
     if learner.train_ratio * config.replay.stride / window < 1e-3:
         yield f"learner.train_ratio ({learner.train_ratio}) is too small to train at all"
     if safety.constraint != "none" and safety.cost_model == "none":
-        yield f"safety.constraint {safety.constraint} needs costs: set safety.cost_model to learned or geometric"
+        yield f"safety.constraint {safety.constraint} needs costs: safety.cost_model learned or geometric"
     if config.policy == "planner" and safety.cost_model == "none":
         yield "policy planner needs costs: set safety.cost_model to learned or geometric"
     if config.policy == "planner" and safety.constraint != "none":
-        yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit itself"
+        yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit"
     if safety.cost_model == "geometric" and config.env.observation != "coordinates":
         yield (
             f"safety.cost_model geometric reads hazard positions: {config.task} must be observed with "

@@ -152,7 +152,7 @@ class WandbSink:
             id=_wandb_id(run_dir),
             dir=run_dir,
             mode="online" if mode == "online" else "offline",
-            resume="allow" if mode == "online" else None,  # offline, W&B only warns about it
+            resume="allow",
             config=dict(config),
             settings=settings,
         )

@@ -42,10 +42,16 @@ class Proxy(Protocol):
 class Workers(Protocol):
     """Where the parts of a run live. Making a proxy starts its part."""
 
-    learner: Proxy
-    evaluator: Proxy
-    replay: Proxy
     messages: list[str]  # of the replay server, about damaged checkpoints
+
+    @property
+    def learner(self) -> Proxy: ...
+
+    @property
+    def evaluator(self) -> Proxy: ...
+
+    @property
+    def replay(self) -> Proxy: ...
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> Proxy: ...
 
@@ -89,7 +95,7 @@ class Driver:
         self._cfg, self._spec, self._run_dir, self._workers = cfg, spec, run, workers
         self._status = status
         self._counters = Counters()
-        self._pending: dict[Future[Any], tuple[str, Callable[[Any], None]]] = {}
+        self._pending: dict[Future[Any], tuple[str, Callable[[Any], Any]]] = {}
         self._rows = Aggregator()
         self._episodes: list[EpisodeResult] = []  # finished, not yet seen by the learner
         self._actors: dict[int, Proxy] = {}
@@ -141,7 +147,11 @@ class Driver:
                 f"to go on, give --env-steps more than that"
             )
         self._metrics = self._workers.metrics(to_dict(self._cfg), resumed_at)
-        self._await(self._metrics.call("write", self._counters.env_steps, {"time/compile_seconds": started.compile_seconds}))
+        self._await(
+            self._metrics.call(
+                "write", self._counters.env_steps, {"time/compile_seconds": started.compile_seconds}
+            )
+        )
         logger.info("learner compiled in %.0f s on %s", started.compile_seconds, started.backend)
         prefill = 0 if started.meta else math.ceil(self._cfg.learner.prefill / self._cfg.actors.count)
         for index in range(self._cfg.actors.count):
@@ -183,7 +193,7 @@ class Driver:
             else:
                 handler(result)
 
-    def _submit(self, name: str, future: Future[Any], handler: Callable[[Any], None]) -> None:
+    def _submit(self, name: str, future: Future[Any], handler: Callable[[Any], Any]) -> None:
         self._pending[future] = (name, handler)
 
     def _act(self, index: int) -> None:
@@ -262,7 +272,11 @@ class Driver:
         self._record("evaluation", summary, env_steps=env_steps)
         self._status.evaluations.append(
             Evaluation(
-                env_steps, summary["eval/return"], summary["eval/return_std"], summary["eval/cost"], summary["eval/cost_std"]
+                env_steps,
+                summary["eval/return"],
+                summary["eval/return_std"],
+                summary["eval/cost"],
+                summary["eval/cost_std"],
             )
         )
         return summary
@@ -285,9 +299,11 @@ class Driver:
         now = time.monotonic()
         self._counters.wall_seconds += now - self._clock
         self._clock = now
-        cfg = self._cfg
-        identity = {"task": cfg.task, "method": cfg.method, "size": cfg.size, "observation": cfg.env.observation}
-        return {"env_steps": self._counters.env_steps, "counters": asdict(self._counters), "identity": identity}
+        return {
+            "env_steps": self._counters.env_steps,
+            "counters": asdict(self._counters),
+            "config": to_dict(self._cfg),
+        }
 
     def _log_row(self) -> None:
         self._logged_at = time.monotonic()
@@ -437,4 +453,3 @@ class Interrupted(BaseException):
 def exit_code(outcome: Outcome) -> int:
     """0 for a completed run, 128 + signal for an interrupted one."""
     return 0 if outcome.signal is None else 128 + outcome.signal
-

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from common.config import Config
 from common.metrics import MetricsWriter
@@ -129,7 +130,7 @@ class RayWorkers:
     def _reach(self, replay: Any) -> tuple[str, list[str]]:
         try:
             return ray.get(replay.where.remote(), timeout=_READY_SECONDS)
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             raise UserError(_root_cause(error)) from error
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from common import config as configuration
 from common.config import Config
@@ -22,7 +20,15 @@ PLOT = "curves.png"
 LOGS = "logs"
 
 # What may change when a run is resumed; everything else would make another run of it.
-RESUMABLE = ("env_steps", "backend", "actors.count", "actors.slice_seconds", "evaluation.", "checkpoint.", "logging.")
+RESUMABLE = (
+    "env_steps",
+    "backend",
+    "actors.count",
+    "actors.slice_seconds",
+    "evaluation",
+    "checkpoint",
+    "logging",
+)
 
 
 def default_path(cfg: Config) -> Path:
@@ -38,16 +44,21 @@ def create(path: Path, cfg: Config) -> Path:
     """
     path = path.absolute()
     if (path / CONFIG).exists():
-        raise UserError(f"{path} holds a run already; continue it with --resume {path}, or choose another --run-dir")
+        raise UserError(
+            f"{path} holds a run already; continue it with --resume {path}, or choose another --run-dir"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_config(path, cfg)
     except OSError as error:
-        raise UserError(f"the run directory {path} cannot be written ({error.strerror}); choose another --run-dir") from None
+        raise UserError(
+            f"the run directory {path} cannot be written ({error.strerror}); choose another --run-dir"
+        ) from None
     return path
 
 
 def write_config(path: Path, cfg: Config) -> None:
+    """Writes config.yaml whole or not at all."""
     temporary = path / f".{CONFIG}.tmp"
     temporary.write_text(configuration.dump(cfg))
     os.replace(temporary, path / CONFIG)
@@ -60,35 +71,16 @@ def read_config(path: Path) -> Config:
     return configuration.from_dict(configuration.read_yaml(path / CONFIG), str(path / CONFIG))
 
 
-def resumed_config(path: Path, flags: Mapping[str, Any]) -> Config:
-    """The saved configuration with those flags that may change.
-
-    Args:
-        flags: dotted name -> value, only what the user gave.
-
-    Raises:
-        UserError: a flag differs from the saved value and must not.
-    """
-    saved = read_config(path)
-    stored = configuration.flatten(configuration.to_dict(saved))
-    for name, value in flags.items():
-        free = any(name == allowed or (allowed.endswith(".") and name.startswith(allowed)) for allowed in RESUMABLE)
-        if not free and value != stored[name]:
+def check_resumable(saved: Config, wanted: Config) -> None:
+    """Raises UserError when a run would be resumed with a setting changed that makes it another run."""
+    before = configuration.flatten(configuration.to_dict(saved))
+    after = configuration.flatten(configuration.to_dict(wanted))
+    for name, value in after.items():
+        if value != before[name] and not name.startswith(RESUMABLE):
             raise UserError(
-                f"`{name}` cannot change when a run is resumed (saved: {stored[name]}, given: {value}); "
-                f"these can: {', '.join(a + '*' if a.endswith('.') else a for a in RESUMABLE)}"
+                f"`{name}` cannot change when a run is resumed (saved: {before[name]}, given: {value}); "
+                f"these can: {', '.join(RESUMABLE)}"
             )
-    changed = saved
-    for name, value in flags.items():
-        group, _, field = name.rpartition(".")
-        if group:
-            inner = dataclasses.replace(getattr(changed, group), **{field: value}) if "." not in group else None
-            if inner is None:
-                continue  # deeper groups are never resumable, so the value is the saved one
-            changed = dataclasses.replace(changed, **{group: inner})
-        else:
-            changed = dataclasses.replace(changed, **{field: value})
-    return changed
 
 
 @contextmanager

@@ -64,7 +64,8 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
 def _announce_memory(cfg: Config, spec: EnvSpec) -> None:
     ceiling = memory_ceiling(replay_spec(spec), cfg.replay, batch_length=cfg.learner.batch_length)
     free = psutil.virtual_memory().available
-    text = f"replay: at most {ceiling / 1e9:.2f} GB for {cfg.replay.capacity:,} agent steps ({free / 1e9:.1f} GB free)"
+    steps = f"{cfg.replay.capacity:,} agent steps"
+    text = f"replay: at most {ceiling / 1e9:.2f} GB for {steps} ({free / 1e9:.1f} GB free)"
     logger.info(text)
     if ceiling > free:
         logger.warning("%s; choose a smaller --replay.capacity if it fills up", text)
@@ -91,4 +92,3 @@ def _report(cfg: Config, run: Path, outcome: Outcome) -> None:
             plot=plot,
         )
     )
-

@@ -46,9 +46,10 @@ class RayHolder:
     def get(self, have: int) -> tuple[int, Params] | None:
         """None also when holder or learner do not answer: actors go on with what they have."""
         import ray
+        from ray.exceptions import RayError
 
         try:
             newest = ray.get(self._handle.get.remote(have), timeout=5.0)
             return None if newest is None else (newest[0], ray.get(newest[1][0], timeout=30.0))
-        except (ray.exceptions.RayError, TimeoutError):
+        except (RayError, TimeoutError):
             return None

@@ -63,6 +63,7 @@ def spec_of(cfg: Config) -> EnvSpec:
 
 
 def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
+    """The trainable system of a configuration. Raises UserError where it does not fit the environment."""
     return TrainStep(
         spec=spec,
         cfg=cfg,

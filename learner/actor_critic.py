@@ -15,7 +15,7 @@ from learner.distributions import BoundedNormal, TwoHot
 from learner.layers import Head
 from learner.returns import lambda_return, trajectory_weight
 from learner.rssm import RSSM, Latent
-from learner.world_model import WorldModel, two_hot_bins
+from learner.world_model import WorldModel
 
 CostModel = Callable[[WorldModel, Latent], Float[Array, "*n"]]  # predicted cost of arriving at a latent
 

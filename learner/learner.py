@@ -18,7 +18,7 @@ from learner.train_step import TrainState, TrainStep
 
 _POLL_SECONDS = 0.2  # longest wait for a batch before the loop looks at the clock again
 # LLVM's higher levels cost 2.7x the compile time here and bring no measurable speed on CPU.
-_COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
+_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
 
 Source = Callable[[float], Batch | None]  # timeout in seconds -> a batch, if one came in time
@@ -79,7 +79,9 @@ class Learner:
         self._publish_to(self._version, jax.device_get(self._train.acting(self._state)))
         return self._version
 
-    def run(self, seconds: float, episodes: Iterable[EpisodeResult] = (), env_steps: int = 0) -> LearnerReport:
+    def run(
+        self, seconds: float, episodes: Iterable[EpisodeResult] = (), env_steps: int = 0
+    ) -> LearnerReport:
         """Trains for about `seconds`.
 
         Args:
@@ -111,7 +113,11 @@ class Learner:
         counters = {"updates": self._updates, "version": self._version}
         step = int(meta["env_steps"])
         checkpoint.save(
-            directory, step, jax.device_get(self._state), meta | counters, keep=self._train.cfg.checkpoint.keep
+            directory,
+            step,
+            jax.device_get(self._state),
+            meta | counters,
+            keep=self._train.cfg.checkpoint.keep,
         )
 
     def restore(self, directory: Path) -> checkpoint.Restored | None:

@@ -35,7 +35,7 @@ def lambda_return(
 
 
 def trajectory_weight(cont: Float[Array, "H+1 *n"], gamma: float) -> Float[Array, "H+1 *n"]:
-    """Probability-like weight of imagined states: cumprod(gamma * cont) / gamma, so that weight_0 = cont_0."""
+    """Weight of imagined states: cumprod(gamma * cont) / gamma, so that weight_0 = cont_0."""
     return jnp.cumprod(gamma * cont, 0) / gamma
 
 

@@ -86,7 +86,9 @@ class RSSM(eqx.Module):
         update = jax.nn.sigmoid(update - 1.0)
         return update * candidate + (1.0 - update) * latent.deter
 
-    def img_step(self, latent: Latent, action: Float[Array, "*n A"], gumbel: Float[Array, "*n S K"]) -> Latent:
+    def img_step(
+        self, latent: Latent, action: Float[Array, "*n A"], gumbel: Float[Array, "*n S K"]
+    ) -> Latent:
         """Imagines one step: recurrence, then a draw from the prior with given Gumbel noise."""
         deter = self.recur(latent, action)
         return Latent(deter, self.prior(deter).sample_with(gumbel))

@@ -88,24 +88,23 @@ class TrainStep:
         (_, (observed, metrics)), grads = jax.value_and_grad(WorldModel.loss, has_aux=True)(
             state.model, batch, key_model
         )
-        model, model_opt, metrics["grad/model"] = _apply(optimizers.model, grads, state.model_opt, state.model)
+        model, model_opt, norm = optimizers.model.update(state.model, grads, state.model_opt)
+        metrics["grad/model"] = norm
 
         start, cont = _starts(observed.latents, batch, self.cfg.behavior, key_start)
         (actor_loss, (outcome, moments, violation, more)), grads = jax.value_and_grad(
             self._actor_loss, has_aux=True
         )(state.actor, model, state, start, cont, key_imagine)
-        metrics |= {"loss/actor": actor_loss} | more
-        actor, actor_opt, metrics["grad/actor"] = _apply(optimizers.actor, grads, state.actor_opt, state.actor)
+        actor, actor_opt, norm = optimizers.actor.update(state.actor, grads, state.actor_opt)
+        metrics |= {"loss/actor": actor_loss, "grad/actor": norm} | more
 
         feat = outcome.imagined.latents.feat[:-1]
         rate = jnp.where(state.updates == 0, 1.0, self.cfg.behavior.slow_rate)
 
         def train_critic(critic: Critic, opt_state: Any, signal: Signal, name: str) -> tuple[Critic, Any]:
             loss, grads = jax.value_and_grad(critic_loss)(critic, feat, signal.return_, outcome.weight)
-            metrics[f"loss/{name}"] = loss
-            fast, opt_state, metrics[f"grad/{name}"] = _apply(
-                optimizers.critic, grads.fast, opt_state, critic.fast
-            )
+            fast, opt_state, norm = optimizers.critic.update(critic.fast, grads.fast, opt_state)
+            metrics.update({f"loss/{name}": loss, f"grad/{name}": norm})
             return critic.with_fast(fast).follow(rate), opt_state
 
         critic, critic_opt = train_critic(state.critic, state.critic_opt, outcome.reward, "critic")
@@ -174,29 +173,32 @@ class TrainStep:
     def _optimizers(self) -> _Optimizers:
         model, behavior = self.cfg.world_model, self.cfg.behavior
         return _Optimizers(
-            model=_adam(model.lr, model.eps, model.clip),
-            actor=_adam(behavior.lr, behavior.eps, behavior.clip),
-            critic=_adam(behavior.lr, behavior.eps, behavior.clip),
+            model=_Optimizer(model.lr, model.eps, model.clip),
+            actor=_Optimizer(behavior.lr, behavior.eps, behavior.clip),
+            critic=_Optimizer(behavior.lr, behavior.eps, behavior.clip),
         )
 
 
+class _Optimizer:
+    """Global-norm clip and Adam on the arrays of a module."""
+
+    def __init__(self, lr: float, eps: float, clip: float):
+        # Adam acts elementwise: one flat vector gives equal numbers from far fewer kernels.
+        self._chain = optax.flatten(optax.chain(optax.clip_by_global_norm(clip), optax.adam(lr, eps=eps)))
+
+    def init(self, params: Any) -> Any:
+        return self._chain.init(params)
+
+    def update(self, params: Any, grads: Any, state: Any) -> tuple[Any, Any, Array]:
+        """Returns (params, state, global norm of the gradient before clipping)."""
+        updates, state = self._chain.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, optax.global_norm(grads)
+
+
 class _Optimizers(NamedTuple):
-    model: optax.GradientTransformation
-    actor: optax.GradientTransformation
-    critic: optax.GradientTransformation  # reward and cost critic each have a state of their own
-
-
-def _adam(lr: float, eps: float, clip: float) -> optax.GradientTransformation:
-    # Adam acts elementwise: one flat vector gives equal numbers from far fewer kernels to compile and run.
-    return optax.flatten(optax.chain(optax.clip_by_global_norm(clip), optax.adam(lr, eps=eps)))
-
-
-def _apply(
-    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any
-) -> tuple[Any, Any, Array]:
-    """One optimiser step; also returns the gradient's global norm before clipping."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+    model: _Optimizer
+    actor: _Optimizer
+    critic: _Optimizer  # reward and cost critic each have a state of their own
 
 
 def _starts(latents: Latent, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[Latent, Array]:

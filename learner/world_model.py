@@ -108,6 +108,7 @@ class WorldModel(eqx.Module):
 
 
 def two_hot_bins(cfg: WorldModelConfig) -> Float[Array, " bins"]:
+    """Bins of every two-hot head, in symlog space."""
     return jnp.linspace(-cfg.bin_range, cfg.bin_range, cfg.bins)
 
 

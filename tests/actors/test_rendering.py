@@ -40,8 +40,8 @@ def test_frames_show_the_true_sky_in_every_episode(monkeypatch):
     assert (frames[0] != frames[2]).any()
     env._envs[0].reset(1)
     frames.append(env.render(0))
-    # Stars, not the flat black sky of a fast reset; the fixed camera sees the same ones always.
-    assert frames[0][:30].max() > 0
+    # Stars (up to 52), not the flat black sky of a fast reset (up to 3); the camera stands still.
+    assert frames[0][:30].max() > 20
     np.testing.assert_allclose(frames[3][:30].astype(int), frames[0][:30], atol=2)
     env.close()
 

@@ -142,6 +142,23 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path):
     verify(path)
 
 
+def test_a_truncated_file_is_named_with_its_sizes(tmp_path):
+    path = checkpoint.save(tmp_path, 1, small(), {})
+    file = arrays_file(path)
+    size = file.stat().st_size
+    truncate(file)
+    with pytest.raises(DamagedCheckpoint, match=f"{file.name} has {size // 2} bytes instead of {size}"):
+        checkpoint.restore(path, small())
+
+
+def test_a_changed_manifest_is_found_although_it_is_valid_json(tmp_path):
+    path = checkpoint.save(tmp_path, 1, small(), {"env_steps": 1234})
+    manifest = path / MANIFEST
+    manifest.write_text(manifest.read_text().replace("1234", "1235"))
+    with pytest.raises(DamagedCheckpoint, match="was changed"):
+        checkpoint.read_meta(path)
+
+
 def test_nothing_but_damage_is_an_error_not_a_fresh_start(tmp_path):
     truncate(checkpoint.save(tmp_path, 1, small(), {}) / MANIFEST)
     with pytest.raises(UserError, match=r"no usable checkpoint.*step_000000000001"):

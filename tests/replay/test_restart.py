@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 CHILD = """
-import sys, time
+import subprocess, sys, time
 from common.config import ReplayConfig
 from common.types import ArraySpec
 from replay.process import spawn_server
@@ -33,8 +33,11 @@ table = dict(batch_length=4, train_ratio=4.0, batch_size=2, min_steps=8)
 server = spawn_server(signature, ReplayConfig(capacity=100), **table)
 sampler = BatchSampler(f"localhost:{server.port}", signature, batch_size=2, batch_length=4)
 assert sampler.next(0.3) is None
-print(server.pid, flush=True)
-if sys.argv[1] == "hang":
+if sys.argv[1] == "exit":
+    print(server.pid, flush=True)
+else:  # somebody else keeps the pipe to the server open
+    other = subprocess.Popen(["sleep", "30"], pass_fds=[server._child.stdin.fileno()], stdout=subprocess.DEVNULL)
+    print(server.pid, other.pid, flush=True)
     time.sleep(60)
 """
 
@@ -93,6 +96,7 @@ def test_checkpoint_round_trip_damage_and_another_definition(serve, streams, tmp
     assert before.size == 18 + 3
     first.stop()
     assert not first.alive()
+    assert first._child.returncode == 0  # it ended by itself
 
     second = serve(checkpoint_dir=directory)
     assert second.restored == newer
@@ -220,8 +224,10 @@ def test_a_blocked_sampler_does_not_keep_the_process_alive():
 def test_the_server_dies_with_its_parent():
     child = start_child(CHILD, "hang")
     assert child.stdout is not None
-    pid = int(child.stdout.readline())
+    pid, other = map(int, child.stdout.readline().split())
     assert Path(f"/proc/{pid}").exists()
     child.kill()
+    child.wait()
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10.0)
+    os.kill(other, signal.SIGKILL)
     child.communicate()
-    assert wait_until(lambda: not Path(f"/proc/{pid}").exists(), 8.0)

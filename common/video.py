@@ -1,0 +1,59 @@
+"""Writes rendered frames as an mp4, each with the numbers that belong to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from common.types import UserError
+
+_BAR = 20  # pixels above the picture, for the text
+
+
+class VideoWriter:
+    """`with VideoWriter(path, fps) as video: video.add(frame, "text")`.
+
+    Raises UserError when the file cannot be written.
+    """
+
+    def __init__(self, path: Path, fps: float):
+        if path.suffix.lower() != ".mp4":
+            raise UserError(f"videos are written as .mp4, not {path.suffix or path.name!r}")
+        if not path.parent.is_dir():
+            raise UserError(f"there is no directory {path.parent} for the video")
+        self._path, self._fps = path, fps
+        self._writer: Any = None
+
+    def __enter__(self) -> Self:
+        import imageio.v2 as imageio
+
+        try:
+            self._writer = imageio.get_writer(
+                self._path,
+                format="FFMPEG",
+                mode="I",
+                fps=self._fps,
+                macro_block_size=4,
+                ffmpeg_log_level="error",
+            )
+        except OSError as error:
+            raise UserError(f"the video {self._path} cannot be written: {error}") from None
+        return self
+
+    def add(self, frame: np.ndarray, text: str) -> None:
+        """Appends one frame, uint8 [h, w, 3], with a line of text above it."""
+        from PIL import Image, ImageDraw
+
+        height, width = frame.shape[:2]
+        canvas = Image.new("RGB", (width, height + _BAR), "black")
+        canvas.paste(Image.fromarray(frame), (0, _BAR))
+        ImageDraw.Draw(canvas).text((5, 4), text, fill="white")
+        self._writer.append_data(np.asarray(canvas))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()

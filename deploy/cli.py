@@ -1,0 +1,215 @@
+"""The command line: safedreamer train | eval | doctor | list."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from common import config as configuration
+from common.config import Config
+from common.types import UserError
+
+USAGE = """usage: safedreamer COMMAND [OPTIONS]
+
+  train    train an agent, or continue one        safedreamer train --help
+  eval     evaluate a run or a checkpoint         safedreamer eval --help
+  doctor   check this machine
+  list     methods, sizes and tasks
+"""
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train an agent. The options below `run` choose presets and files; all others are single settings,
+    shown with the defaults that the chosen presets give them."""
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Directory of the new run. Default: runs/TASK/METHOD-SIZE-seedN-TIME."""
+    resume: Path | None = None
+    """Continue this run with its saved configuration; only env steps, logging, evaluation, checkpoints,
+    backend and number of actors may change."""
+    config: tuple[Path, ...] = field(default=())
+    """YAML files with settings; they win over presets, flags win over them."""
+    wandb: Literal["online", "offline", "off"] | None = None
+    """Short for --logging.wandb."""
+    print_config: bool = False
+    """Print the resolved configuration as YAML and stop."""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Evaluate the policy of a run (its newest checkpoint) or of one checkpoint, without exploration."""
+
+    path: tyro.conf.Positional[Path]
+    """Run directory or checkpoint."""
+    episodes: int = 10
+    """Episodes, one per held-out layout."""
+    seed: int = 0
+    """Seed of the layouts."""
+    task: str | None = None
+    """Refuse a checkpoint of another task."""
+    observation: str | None = None
+    """Refuse a checkpoint of another observation."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    video: Path | None = None
+    """Write the first episode as an mp4, seen from outside."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 user error, 128 + n signal n."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": _train, "eval": _eval, "doctor": _doctor, "list": _list}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        sys.exit(0 if argv else 2)
+    # Compiled programs survive in the user's cache: the second run starts in seconds.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "safedreamer" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    try:
+        if argv[0] not in commands:
+            near = configuration.did_you_mean(argv[0], commands)
+            raise UserError(f"there is no command `{argv[0]}`{near}\n{USAGE.rstrip()}")
+        code = commands[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"safedreamer: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _train(argv: list[str]) -> int:
+    args, saved = _parse_train(argv)
+    cfg = args.settings
+    if args.wandb is not None:
+        cfg = configuration.merge(cfg, {"logging": {"wandb": args.wandb}}, "--wandb")
+    configuration.check(cfg)
+    from deploy import run_dir as runs
+
+    if saved is not None:
+        runs.check_resumable(saved, cfg)
+    if args.print_config:
+        print(configuration.dump(cfg), end="")
+        return 0
+    from deploy import wiring
+
+    wiring.train_step(cfg, wiring.spec_of(cfg))  # refuses an unknown task before a directory is made
+    if args.resume is not None:
+        run = args.resume.absolute()
+        runs.write_config(run, cfg)
+    else:
+        run = runs.create(args.run_dir or runs.default_path(cfg), cfg)
+    return _run(cfg, run, resume=args.resume is not None)
+
+
+def _run(cfg: Config, run: Path, *, resume: bool) -> int:
+    from deploy.driver import Interrupted, exit_code
+    from deploy.train import train
+
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("deploy").setLevel(logging.INFO)
+    print(f"run: {run}")
+    try:
+        outcome = train(cfg, run, resume=resume)
+    except Interrupted as interruption:
+        print("safedreamer: stopped before anything was trained or saved", file=sys.stderr)
+        return 128 + interruption.number
+    if outcome.signal is not None:
+        print(
+            f"safedreamer: stopped and saved; go on with: safedreamer train --resume {run}", file=sys.stderr
+        )
+    return exit_code(outcome)
+
+
+def _parse_train(argv: list[str]) -> tuple[TrainArgs, Config | None]:
+    """The arguments, and the saved configuration of the run that is resumed, if any.
+
+    Presets and files are read first: they give the flags their defaults.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("method", "size", "task"):
+        first.add_argument(f"--{name}", default=getattr(Config(), name))
+    first.add_argument("--config", nargs="+", type=Path, default=[])
+    first.add_argument("--resume", type=Path)
+    try:
+        chosen, _ = first.parse_known_args(argv)
+    except SystemExit:  # a flag without its value: tyro explains it better
+        chosen = first.parse_args([])
+    saved = None
+    if chosen.resume is None:
+        defaults = configuration.load(chosen.method, chosen.size, chosen.task, chosen.config)
+    else:
+        from deploy import run_dir as runs
+
+        defaults = saved = runs.read_config(chosen.resume)
+        for path in chosen.config:
+            defaults = configuration.merge(defaults, configuration.read_yaml(path), str(path))
+    args = tyro.cli(TrainArgs, args=argv, default=TrainArgs(defaults), prog="safedreamer train")
+    if args.resume is not None and args.run_dir is not None:
+        raise UserError("--resume continues in the run's own directory; leave out --run-dir")
+    return args, saved
+
+
+def _eval(argv: list[str]) -> int:
+    args = tyro.cli(EvalArgs, args=argv, prog="safedreamer eval")
+    if args.episodes < 1:
+        raise UserError("--episodes must be at least 1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from common.terminal import eval_table
+    from deploy import evaluate
+
+    cfg, params, meta = evaluate.load(args.path)
+    evaluate.check_fit(cfg, args.task, args.observation)
+    summary = evaluate.run(
+        cfg, params, episodes=args.episodes, seed=args.seed, version=meta["version"], video=args.video
+    )
+    if args.json:
+        about = {"task": cfg.task, "method": cfg.method, "env_steps": meta["env_steps"], "seed": args.seed}
+        print(json.dumps(about | {name.removeprefix("eval/"): value for name, value in summary.items()}))
+    else:
+        Console().print(eval_table(summary, f"{cfg.method} on {cfg.task}, {meta['env_steps']:,} env steps"))
+        if args.video is not None:
+            print(f"video: {args.video}")
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    _no_options("doctor", argv)
+    from deploy.doctor import run_doctor
+
+    return run_doctor(Console())
+
+
+def _list(argv: list[str]) -> int:
+    _no_options("list", argv)
+    from actors.tasks import list_tasks
+
+    for kind in ("method", "size"):
+        print(f"{kind}s (--{kind})")
+        for name in configuration.presets(kind):
+            print(f"  {name:<14}{configuration.describe(kind, name)}")
+    print("tasks (--task)")
+    for task in list_tasks():
+        print(f"  {task}")
+    return 0
+
+
+def _no_options(command: str, argv: list[str]) -> None:
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        sys.exit(0)
+    if argv:
+        raise UserError(f"`safedreamer {command}` takes no options, but got {argv[0]}")
