@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,10 @@ import yaml
 # A texture of the same index and kind as the six-image sky (191 MB decoded on every reset), but
 # of one colour. Textures take no part in the physics.
 _FLAT_SKY = {"@type": "skybox", "@builtin": "flat", "@width": "2", "@height": "12", "@rgb1": "0 0 0"}
+
+
+# The package's module is shared by all threads of a process: one world is built at a time.
+_LOCK = threading.RLock()
 
 
 @cache
@@ -40,16 +45,17 @@ def light_assets() -> Iterator[None]:
     """Worlds built inside have a flat sky: a reset takes milliseconds instead of a second.
 
     Every observation, reward and cost stays bitwise equal; only pictures differ. Whoever renders
-    must build the render context on a model made outside. Not for concurrent threads.
+    must build the render context on a model made outside.
     """
     from safety_gymnasium import world
 
-    original = world.yaml
-    world.yaml = _LightAssets  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        world.yaml = original
+    with _LOCK:
+        original = world.yaml
+        world.yaml = _LightAssets  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            world.yaml = original
 
 
 def sample_layout(self: Any) -> bool:

@@ -79,6 +79,8 @@ class WorldModelConfig:
     """Two-hot bins span +- this value, in symlog space."""
     vector_loss_scale: float = 1.0
     """Weight of the vector reconstruction loss."""
+    geometry_loss_scale: float = 1.0
+    """Weight of positions (goal, hazards, robot) within the vector loss (published: 1)."""
     decoder_space: Literal["raw", "symlog"] = "raw"
     """Space in which the vector decoder predicts (published: raw)."""
     cost_weight: float = 10.0
@@ -161,14 +163,15 @@ class PidConfig:
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    cost_model: Literal["none", "learned", "geometric"] = "learned"
-    """Where imagined costs come from: no cost at all, a learned head, or decoded hazards."""
+    cost_model: Literal["none", "learned", "geometric", "anchored"] = "learned"
+    """Where imagined costs come from: no cost at all, a learned head, decoded hazards (OSRP-Vector), or
+    hazards as observed where imagination starts and the robot's predicted displacement."""
     constraint: Literal["none", "augmented", "pid"] = "none"
     """Constraint on the actor's objective."""
     cost_limit: float = 2.0
     """Limit b on the cost (per imagined return, plan or episode: see the method)."""
     hazard_radius: float = 0.25
-    """Geometric cost: a hazard nearer than this (m) costs 1."""
+    """Geometric and anchored cost: a hazard nearer than this (m) costs 1."""
     augmented: AugmentedConfig = field(default_factory=AugmentedConfig)
     pid: PidConfig = field(default_factory=PidConfig)
 
@@ -453,10 +456,10 @@ def _problems(config: Config) -> Iterable[str]:
         yield "policy planner needs costs: set safety.cost_model to learned or geometric"
     if config.policy == "planner" and safety.constraint != "none":
         yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit"
-    if safety.cost_model == "geometric" and config.env.observation != "coordinates":
+    if safety.cost_model in ("geometric", "anchored") and config.env.observation != "coordinates":
         yield (
-            f"safety.cost_model geometric reads hazard positions: {config.task} must be observed with "
-            "env.observation coordinates (Goal tasks), or use a method that learns costs (osrp, bsrp_pid)"
+            f"safety.cost_model {safety.cost_model} reads hazard positions: {config.task} must be observed "
+            "with env.observation coordinates (Goal tasks), or use a method that learns costs (osrp)"
         )
 
 

@@ -7,7 +7,6 @@ file in configs/methods that picks from them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from actors.evaluate import evaluation_seeds
 from actors.rollout import Rollout
@@ -15,11 +14,10 @@ from actors.safety_gym import env_spec
 from actors.vector_env import SafetyVectorEnv
 from common.config import Config, SafetyConfig
 from common.types import EnvSpec, ParamSource, Policy, UserError, Writer
-from learner.actor_critic import CostModel
+from learner.cost_model import CostModel, anchored_hazards, decoded_hazards, learned_cost
 from learner.lagrange import Constraint, augmented, pid, unconstrained
 from learner.policy import Choose, actor_choice, make_policy, planner_choice
 from learner.train_step import TrainStep
-from learner.world_model import geometric_cost
 
 CONSTRAINTS: dict[str, Callable[[SafetyConfig], Constraint]] = {
     "none": lambda safety: unconstrained(),
@@ -29,19 +27,30 @@ CONSTRAINTS: dict[str, Callable[[SafetyConfig], Constraint]] = {
 
 
 def _geometric(safety: SafetyConfig, spec: EnvSpec) -> CostModel:
-    if "hazards" not in spec.slices:
-        raise UserError(
-            f"{spec.task} shows no hazard positions, which safety.cost_model geometric needs; "
-            "use safety.cost_model learned"
-        )
-    count = partial(geometric_cost, hazards=spec.slices["hazards"], radius=safety.hazard_radius)
-    return lambda model, latent: count(model.decode(latent))
+    (hazards,) = _slices(spec, "hazards")
+    return decoded_hazards(hazards, safety.hazard_radius)
+
+
+def _anchored(safety: SafetyConfig, spec: EnvSpec) -> CostModel:
+    hazards, rotation, position = _slices(spec, "hazards", "rotation", "position")
+    return anchored_hazards(hazards, rotation, position, safety.hazard_radius)
+
+
+def _slices(spec: EnvSpec, *names: str) -> list[tuple[int, int]]:
+    for name in names:
+        if name not in spec.slices:
+            raise UserError(
+                f"{spec.task} observes no {name}, which this safety.cost_model needs; "
+                "use safety.cost_model learned"
+            )
+    return [spec.slices[name] for name in names]
 
 
 COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], CostModel | None]] = {
     "none": lambda safety, spec: None,
-    "learned": lambda safety, spec: lambda model, latent: model.cost(latent).mean,
+    "learned": lambda safety, spec: learned_cost,
     "geometric": _geometric,
+    "anchored": _anchored,
 }
 
 

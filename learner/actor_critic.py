@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -11,13 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from common.config import BehaviorConfig, WorldModelConfig
+from learner.cost_model import CostModel, Start
 from learner.distributions import BoundedNormal, TwoHot
 from learner.layers import Head
 from learner.returns import lambda_return, trajectory_weight
 from learner.rssm import RSSM, Latent
 from learner.world_model import WorldModel
-
-CostModel = Callable[[WorldModel, Latent], Float[Array, "*n"]]  # predicted cost of arriving at a latent
 
 
 class Actor(eqx.Module):
@@ -116,6 +114,7 @@ class Outcome(NamedTuple):
 
 def evaluate(
     imagined: Imagined,
+    start: Start,
     start_cont: Float[Array, " N"],
     model: WorldModel,
     critic: Critic,
@@ -139,5 +138,5 @@ def evaluate(
         return Signal(lambda_return(predicted[1:], value[1:], discount, cfg.lambda_), value)
 
     reward = signal(model.reward(latents).mean, critic)
-    cost = None if cost_critic is None else signal(cost_model(model, latents), cost_critic)
+    cost = None if cost_critic is None else signal(cost_model(model, start, latents), cost_critic)
     return Outcome(imagined, reward, cost, trajectory_weight(cont, cfg.gamma)[:-1])

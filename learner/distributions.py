@@ -45,7 +45,8 @@ class OneHot(NamedTuple):
         return self._straight_through(jnp.argmax(self.logits + gumbel, -1))
 
     def mode(self) -> Float[Array, "*n S K"]:
-        return self._straight_through(jnp.argmax(self.logits, -1))
+        """The likeliest classes as one-hot vectors, without a gradient."""
+        return jax.nn.one_hot(jnp.argmax(self.logits, -1), self.logits.shape[-1])
 
     def entropy(self) -> Float[Array, "*n"]:
         """Nats, summed over the S categoricals."""

@@ -108,7 +108,7 @@ class Head(eqx.Module):
     ):
         key_mlp, key_out = jax.random.split(key)
         self.mlp = MLP(key_mlp, fan_in, units, layers)
-        self.out = Linear(key_out, units, fan_out, outscale=outscale)
+        self.out = Linear(key_out, units if layers else fan_in, fan_out, outscale=outscale)
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         return self.out(self.mlp(x))

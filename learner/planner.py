@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from common.config import BehaviorConfig, PlannerConfig
-from learner.actor_critic import Actor, CostModel, Critic
+from learner.actor_critic import Actor, Critic
+from learner.cost_model import CostModel, Start
 from learner.returns import lambda_return
 from learner.rssm import Latent
 from learner.world_model import WorldModel
@@ -103,16 +104,16 @@ def model_score(
     model: WorldModel,
     critic: Critic,
     cost_model: CostModel,
-    latent: Latent,
+    start: Start,
     cfg: PlannerConfig,
     behavior: BehaviorConfig,
 ) -> Score:
-    """Scores candidates by rolling the world model's prior from one latent."""
+    """Scores candidates by rolling the world model's prior from one state."""
 
     def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:
         count, horizon = candidates.shape[0], cfg.horizon
         rssm = model.rssm
-        start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), latent)
+        first = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start.latent)
         gumbel = jax.random.gumbel(key, (horizon, count, rssm.stoch, rssm.classes))
 
         def step(state: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, Latent]:
@@ -120,11 +121,11 @@ def model_score(
             return following, following
 
         actions = candidates.swapaxes(0, 1)[:horizon]
-        _, latents = jax.lax.scan(step, start, (actions, gumbel))
+        _, latents = jax.lax.scan(step, first, (actions, gumbel))
         discount = behavior.gamma * model.cont(latents).mode
         value = critic.value(latents.feat).mean
         return_ = lambda_return(model.reward(latents).mean, value, discount, behavior.lambda_)[0]
-        cost = cost_model(model, latents).sum(0)
+        cost = cost_model(model, start, latents).sum(0)
         scale = cfg.cost_scale_length / horizon if cfg.cost_scale_length else 1.0
         return Scores(return_, cost * scale)
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from common.config import BehaviorConfig, PlannerConfig
-from common.types import Policy
+from common.types import VECTOR, Policy
 from learner import planner
-from learner.actor_critic import Actor, CostModel, Critic
+from learner.actor_critic import Actor, Critic
+from learner.cost_model import CostModel, Start
 from learner.rssm import Latent
 from learner.world_model import WorldModel
 
@@ -33,8 +34,8 @@ class Carry(NamedTuple):
     plan: Float[Array, "k H+1 A"]  # H+1 = 0 where the actor acts
 
 
-# (params, latent [k], plan [k], key) -> (actions [k, A], plan [k], stats)
-Choose = Callable[[ActingParams, Latent, Array, PRNGKeyArray], tuple[Array, Array, dict]]
+# (params, start [k], plan [k], key) -> (actions [k, A], plan [k], stats)
+Choose = Callable[[ActingParams, Start, Array, PRNGKeyArray], tuple[Array, Array, dict]]
 
 
 def make_policy(choose: Choose, deter: int, stoch: int, classes: int, action_size: int, plan: int) -> Policy:
@@ -61,7 +62,7 @@ def make_policy(choose: Choose, deter: int, stoch: int, classes: int, action_siz
         gumbel = jax.random.gumbel(key_state, carry.latent.stoch.shape)
         latent = rssm.obs_step(carry.latent, carry.action, is_first, embed, gumbel)
         previous = jnp.where(is_first[:, None, None], 0.0, carry.plan)
-        action, plan_, stats = choose(params, latent, previous, key_choice)
+        action, plan_, stats = choose(params, Start(latent, obs[VECTOR]), previous, key_choice)
         action = jnp.clip(action, -1.0, 1.0)
         return Carry(latent, action, plan_), action, stats
 
@@ -71,8 +72,8 @@ def make_policy(choose: Choose, deter: int, stoch: int, classes: int, action_siz
 def actor_choice(*, explore: bool) -> Choose:
     """The actor's sample (training) or mean (evaluation)."""
 
-    def choose(params: ActingParams, latent: Latent, plan: Array, key: PRNGKeyArray) -> tuple:
-        policy = params.actor(latent.feat)
+    def choose(params: ActingParams, start: Start, plan: Array, key: PRNGKeyArray) -> tuple:
+        policy = params.actor(start.latent.feat)
         if not explore:
             return policy.mean, plan, {}
         return policy.sample_with(jax.random.normal(key, policy.mean.shape)), plan, {}
@@ -86,18 +87,18 @@ def planner_choice(
     """The constrained planner, vmapped over environments; the action is the plan's first row."""
     proposals = int(cfg.mixture_coef * cfg.samples)
 
-    def plan_one(params: ActingParams, latent: Latent, previous: Array, key: PRNGKeyArray) -> planner.Plan:
+    def plan_one(params: ActingParams, start: Start, previous: Array, key: PRNGKeyArray) -> planner.Plan:
         assert params.critic is not None
         key_actor, key_plan = jax.random.split(key)
-        score = planner.model_score(params.model, params.critic, cost_model, latent, cfg, behavior)
+        score = planner.model_score(params.model, params.critic, cost_model, start, cfg, behavior)
         sequences = planner.actor_proposals(
-            params.model, params.actor, latent, proposals, cfg.horizon, key_actor
+            params.model, params.actor, start.latent, proposals, cfg.horizon, key_actor
         )
         return planner.plan(score, planner.shift(previous), sequences, key_plan, cfg, cost_limit)
 
-    def choose(params: ActingParams, latent: Latent, plan: Array, key: PRNGKeyArray) -> tuple:
+    def choose(params: ActingParams, start: Start, plan: Array, key: PRNGKeyArray) -> tuple:
         keys = jax.random.split(key, plan.shape[0])
-        result = jax.vmap(plan_one, in_axes=(None, 0, 0, 0))(params, latent, plan, keys)
+        result = jax.vmap(plan_one, in_axes=(None, 0, 0, 0))(params, start, plan, keys)
         stats = {f"plan/{name}": x.mean() for name, x in result.stats.items()}
         return result.mean[:, 0], result.mean, stats
 

@@ -14,8 +14,9 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from common.config import BehaviorConfig, Config
-from common.types import Batch, EnvSpec
-from learner.actor_critic import Actor, CostModel, Critic, Outcome, Signal, critic_loss, evaluate, imagine
+from common.types import VECTOR, Batch, EnvSpec
+from learner.actor_critic import Actor, Critic, Outcome, Signal, critic_loss, evaluate, imagine
+from learner.cost_model import CostModel, Start
 from learner.lagrange import Constraint
 from learner.policy import ActingParams
 from learner.returns import Moments
@@ -142,15 +143,15 @@ class TrainStep:
         actor: Actor,
         model: WorldModel,
         state: TrainState,
-        start: Latent,
+        start: Start,
         cont: Array,
         key: PRNGKeyArray,
     ) -> tuple[Array, tuple[Outcome, Moments, Array, Metrics]]:
         """-(advantage + entropy bonus) under the constraint, mean over imagined states (ALGORITHM: 2, 3)."""
         cfg = self.cfg.behavior
-        imagined = imagine(model.rssm, actor, start, cfg.horizon, key, self.spec.action_size)
+        imagined = imagine(model.rssm, actor, start.latent, cfg.horizon, key, self.spec.action_size)
         outcome = evaluate(
-            imagined, cont, model, state.critic, state.cost_critic, self.cost_model or _no_cost, cfg
+            imagined, start, cont, model, state.critic, state.cost_critic, self.cost_model or _no_cost, cfg
         )
         reward = outcome.reward
         moments = state.moments.update(jax.lax.stop_gradient(reward.return_), cfg.moments_decay)
@@ -201,17 +202,19 @@ class _Optimizers(NamedTuple):
     critic: _Optimizer  # reward and cost critic each have a state of their own
 
 
-def _starts(latents: Latent, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[Latent, Array]:
+def _starts(latents: Latent, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[Start, Array]:
     """Imagination starts [N, ...]: every posterior of the batch, or a random part of them."""
     cont = 1.0 - batch["is_terminal"].reshape(-1).astype(jnp.float32)
-    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(-1, *x.shape[2:]), latents)
+    flat = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x).reshape(-1, *x.shape[2:]), Start(latents, batch[VECTOR])
+    )
     if not 0 < cfg.imagine_starts < cont.shape[0]:
         return flat, cont
     chosen = jax.random.permutation(key, cont.shape[0])[: cfg.imagine_starts]
     return jax.tree.map(lambda x: x[chosen], flat), cont[chosen]
 
 
-def _no_cost(model: WorldModel, latent: Latent) -> Array:
+def _no_cost(model: WorldModel, start: Start, latents: Latent) -> Array:
     raise TypeError("the method has no cost model")
 
 

@@ -7,13 +7,16 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from common.config import WorldModelConfig
 from common.types import VECTOR, Batch, EnvSpec
 from learner.distributions import Bernoulli, OneHot, TwoHot
 from learner.layers import MLP, Head, symexp, symlog
 from learner.rssm import RSSM, Latent
+
+# Parts of a coordinate observation that say where things are; the others are the robot's own sensors.
+_GEOMETRY = ("goal", "hazards", "vases", "position", "rotation")
 
 
 class Observed(NamedTuple):
@@ -37,12 +40,14 @@ class WorldModel(eqx.Module):
     cost_head: Head | None
     cont_head: Head
     cfg: WorldModelConfig = eqx.field(static=True)
+    geometry: tuple[tuple[int, int], ...] = eqx.field(static=True)  # slices of positions in the vector
 
     def __init__(self, key: PRNGKeyArray, spec: EnvSpec, cfg: WorldModelConfig, *, learn_cost: bool):
         keys = jax.random.split(key, 6)
         vector = spec.obs[VECTOR].shape[0]
         feat = cfg.deter + cfg.stoch * cfg.classes
         self.cfg = cfg
+        self.geometry = tuple(spec.slices[name] for name in _GEOMETRY if name in spec.slices)
         self.encoder = MLP(keys[0], vector, cfg.encoder_units, cfg.encoder_layers)
         self.rssm = RSSM(keys[1], cfg, spec.action_size, cfg.encoder_units)
         self.decoder = Head(keys[2], feat, cfg.encoder_units, cfg.encoder_layers, vector)
@@ -104,7 +109,10 @@ class WorldModel(eqx.Module):
         prediction = self.decoder(latents.feat)
         if self.cfg.decoder_space == "symlog":
             target = symlog(target)
-        return jnp.square(prediction - target).sum(-1)
+        weight = jnp.ones(target.shape[-1])
+        for start, stop in self.geometry:
+            weight = weight.at[start:stop].set(self.cfg.geometry_loss_scale)
+        return (weight * jnp.square(prediction - target)).sum(-1)
 
 
 def two_hot_bins(cfg: WorldModelConfig) -> Float[Array, " bins"]:
@@ -122,26 +130,3 @@ def kl_losses(posterior: OneHot, prior: OneHot, cfg: WorldModelConfig) -> dict[s
     dyn = jnp.maximum(cfg.free_nats, OneHot(sg(posterior.logits)).kl(prior))
     rep = jnp.maximum(cfg.free_nats, posterior.kl(OneHot(sg(prior.logits))))
     return {"dyn": cfg.dyn_scale * dyn, "rep": cfg.rep_scale * rep}
-
-
-_BORDER_SOFTNESS = 0.05  # m, width of the border through which the geometric cost passes gradients
-
-
-def geometric_cost(
-    vector: Float[Array, "*n O"], hazards: tuple[int, int], radius: float
-) -> Float[Array, "*n"]:
-    """Number of hazards within `radius` metres of the robot (OSRP-Vector).
-
-    The count is exact; its gradient is that of a sigmoid of the distance to the border (**ours**: a count
-    has none, and an actor that is trained through the model needs one).
-
-    Args:
-        vector: state observations.
-        hazards: slice of the egocentric (x, y) pairs, from `EnvSpec.slices`.
-    """
-    start, stop = hazards
-    positions = vector[..., start:stop].reshape(*vector.shape[:-1], -1, 2)
-    distance = jnp.sqrt(jnp.square(positions).sum(-1) + 1e-12)
-    inside: Bool[Array, "*n hazards"] = distance <= radius
-    soft = jax.nn.sigmoid((radius - distance) / _BORDER_SOFTNESS)
-    return (soft + jax.lax.stop_gradient(inside - soft)).sum(-1)

@@ -89,7 +89,7 @@ def test_nothing_is_sampled_before_the_prefill_and_something_after(parts, stream
     assert sampler.server_alive
     writer.append(streams.make_step(0, 39))
     writer.close()  # completes the last chunk
-    batch = sampler.next(5.0)
+    batch = sampler.next(20.0)
     assert batch is not None
     streams.check_batch(batch)
 
@@ -181,7 +181,7 @@ def test_the_transform_runs_in_the_thread(parts, streams):
     for counter in range(30):
         writer.append(streams.make_step(0, counter))
     sampler = run.sampler(transform=lambda batch: (threading.current_thread().name, batch["stream"].sum()))
-    assert sampler.next(5.0) == ("replay-sampler", 0)
+    assert sampler.next(20.0) == ("replay-sampler", 0)
 
 
 def test_what_goes_wrong_in_the_thread_reaches_the_learner(parts, streams):
@@ -195,7 +195,7 @@ def test_what_goes_wrong_in_the_thread_reaches_the_learner(parts, streams):
     sampler = run.sampler(transform=fail)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError, match="transform"):
-            sampler.next(5.0)
+            sampler.next(20.0)
 
 
 def test_close_never_hangs(parts):

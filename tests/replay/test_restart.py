@@ -36,7 +36,8 @@ assert sampler.next(0.3) is None
 if sys.argv[1] == "exit":
     print(server.pid, flush=True)
 else:  # somebody else keeps the pipe to the server open
-    other = subprocess.Popen(["sleep", "30"], pass_fds=[server._child.stdin.fileno()], stdout=subprocess.DEVNULL)
+    pipe = server._child.stdin.fileno()
+    other = subprocess.Popen(["sleep", "30"], pass_fds=[pipe], stdout=subprocess.DEVNULL)
     print(server.pid, other.pid, flush=True)
     time.sleep(60)
 """
@@ -102,7 +103,7 @@ def test_checkpoint_round_trip_damage_and_another_definition(serve, streams, tmp
     assert second.restored == newer
     assert second.info() == before  # the counts, and with them the ratio, continue
     batches = BatchSampler(f"localhost:{second.port}", streams.signature, batch_size=4, batch_length=LENGTH)
-    batch = batches.next(5.0)
+    batch = batches.next(20.0)
     assert batch is not None
     streams.check_batch(batch)
     batches.close()
@@ -141,7 +142,7 @@ def test_writer_and_sampler_outlive_a_killed_server(serve, streams, tmp_path, mo
     actor.start()
     try:
         for _ in range(10):
-            assert batches.next(5.0) is not None
+            assert batches.next(20.0) is not None
         first.checkpoint()
         os.kill(first.pid, signal.SIGKILL)
         assert wait_until(lambda: not first.alive(), 5.0)

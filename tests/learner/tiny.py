@@ -1,0 +1,66 @@
+"""The smallest system that has every part, and data for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.config import BehaviorConfig, Config, PlannerConfig, SafetyConfig, WorldModelConfig
+from common.types import ArraySpec, EnvSpec
+
+MODEL = WorldModelConfig(
+    deter=8,
+    units=8,
+    stoch=2,
+    classes=3,
+    encoder_layers=1,
+    encoder_units=8,
+    head_layers=1,
+    bins=11,
+    bin_range=5.0,
+)
+BEHAVIOR = BehaviorConfig(layers=1, units=8, horizon=3, gamma=0.9)
+PLANNER = PlannerConfig(samples=12, elites=4, iterations=2, horizon=3)
+SPEC = EnvSpec(
+    task="Tiny-v0",
+    obs={"vector": ArraySpec((6,))},
+    action_size=2,
+    action_repeat=1,
+    time_limit=100,
+    slices={"hazards": (2, 6)},
+)
+CONFIG = Config(
+    world_model=MODEL,
+    behavior=BEHAVIOR,
+    planner=PLANNER,
+    safety=SafetyConfig(constraint="augmented"),
+)
+FEAT = MODEL.deter + MODEL.stoch * MODEL.classes
+
+
+def batch(seed: int = 0, size: int = 2, length: int = 4) -> dict[str, np.ndarray]:
+    """A replayed batch with an episode's border inside and costs on both sides of one."""
+    rng = np.random.default_rng(seed)
+    shape = (size, length)
+    is_first = np.zeros(shape, bool)
+    is_first[0, 2] = True
+    is_terminal = np.zeros(shape, bool)
+    is_terminal[0, 1] = True
+    return {
+        "vector": rng.normal(0, 2, (*shape, 6)).astype(np.float32),
+        "action": rng.uniform(-1, 1, (*shape, 2)).astype(np.float32),
+        "reward": rng.normal(0, 1, shape).astype(np.float32),
+        "cost": rng.choice([0.0, 0.5, 1.0, 3.0], shape).astype(np.float32),
+        "is_first": is_first,
+        "is_last": is_terminal.copy(),
+        "is_terminal": is_terminal,
+        "version": np.zeros(shape, np.int32),
+    }
+
+
+def perturbed(tree: Any, seed: int = 0, scale: float = 0.3) -> Any:
+    """The tree with noise on every array, so that no layer is zero or at its initial value."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + scale * rng.normal(size=x.shape).astype(np.float32), tree)
