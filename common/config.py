@@ -23,6 +23,7 @@ import yaml
 from common.types import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+_CHOICES = ("method", "size", "task")  # what chooses presets
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class BehaviorConfig:
     """Share by which the slow critics follow per update."""
     moments_decay: float = 0.99
     """Decay of the running 5th and 95th return percentiles."""
+    min_cost_scale: float = 0.25
+    """Least scale by which cost advantages are divided (PID constraint), in imagined cost."""
     lr: float = 3e-5
     """Adam learning rate of actor and critics."""
     eps: float = 1e-5
@@ -377,17 +380,43 @@ def describe(kind: str, name: str) -> str:
     return first.removeprefix("#").strip()
 
 
-def load(method: str, size: str, task: str, files: Iterable[Path] = ()) -> Config:
-    """Composes default, method, size, the method's entry for that size, task and files."""
+def load(
+    method: str | None = None,
+    size: str | None = None,
+    task: str | None = None,
+    files: Iterable[Path] = (),
+    observation: str | None = None,
+) -> Config:
+    """Composes default, method, size, task, the method's entries for that size and observation, and files.
+
+    Method, size and task that are not given are those that the files name, else the defaults; the
+    observation is the task's.
+    """
+    file_layers = [(str(path), read_yaml(path)) for path in files]
+    chosen: Config = Config()
+    for source, layer in file_layers:
+        chosen = merge(chosen, {key: layer[key] for key in _CHOICES if key in layer}, source)
+    method = method or chosen.method
+    size = size or chosen.size
+    task = task or chosen.task
     config = merge(Config(), read_yaml(CONFIG_DIR / "default.yaml"), "configs/default.yaml")
     method_layer = _preset("method", method)
-    by_size = method_layer.pop("sizes", {})
+    by_size, by_observation = method_layer.pop("sizes", {}), method_layer.pop("observations", {})
     layers = [(f"configs/methods/{method}.yaml", method_layer)]
     layers.append((f"configs/sizes/{size}.yaml", _preset("size", size)))
     layers.append((f"configs/methods/{method}.yaml, sizes.{size}", by_size.get(size, {})))
-    layers += _task_layers(task)
-    layers += [(str(path), read_yaml(path)) for path in files]
-    for source, layer in layers:
+    for source, layer in layers + _task_layers(task):
+        config = merge(config, layer, source)
+    chosen = config
+    last_word = [
+        *file_layers,
+        ("--env.observation", {"env": {"observation": observation}} if observation else {}),
+    ]
+    for source, layer in last_word:
+        chosen = merge(chosen, layer, source)
+    layer = by_observation.get(chosen.env.observation, {})
+    config = merge(config, layer, f"configs/methods/{method}.yaml, observations")
+    for source, layer in last_word:
         config = merge(config, layer, source)
     return dataclasses.replace(config, method=method, size=size, task=task)
 
@@ -463,6 +492,15 @@ def _problems(config: Config) -> Iterable[str]:
         )
 
 
+_SHARES = {
+    "behavior.gamma",
+    "behavior.lambda_",
+    "behavior.slow_rate",
+    "behavior.moments_decay",
+    "planner.momentum",
+    "safety.pid.cost_decay",
+    "world_model.unimix",
+}
 _MAY_BE_ZERO = {
     "seed",
     "actors.slice_seconds",
@@ -495,6 +533,10 @@ def _not_positive(config: Config) -> Iterable[str]:
             yield f"`{name}` must be {'at least 0' if zero_is_fine else 'greater than 0'}, not {value}"
         if math.isinf(value) and name != "safety.augmented.cap":
             yield f"`{name}` must be finite"
+        if name in _SHARES and value > 1:
+            yield f"`{name}` must be at most 1, not {value}"
+        if name == "replay.port" and value > 65535:
+            yield f"`{name}` must be a port number (0 to 65535), not {value}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

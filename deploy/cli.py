@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
@@ -10,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -18,6 +20,9 @@ from rich.console import Console
 from common import config as configuration
 from common.config import Config
 from common.types import UserError
+from common.video import check_video_path
+
+_Args = TypeVar("_Args")
 
 USAGE = """usage: safedreamer COMMAND [OPTIONS]
 
@@ -87,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # the reader of `safedreamer list | head` has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     sys.stdout.flush()
     sys.exit(code)
 
@@ -104,33 +112,36 @@ def _train(argv: list[str]) -> int:
     if args.print_config:
         print(configuration.dump(cfg), end="")
         return 0
-    from deploy import wiring
-
-    wiring.train_step(cfg, wiring.spec_of(cfg))  # refuses an unknown task before a directory is made
     if args.resume is not None:
-        run = args.resume.absolute()
-        runs.write_config(run, cfg)
-    else:
-        run = runs.create(args.run_dir or runs.default_path(cfg), cfg)
-    return _run(cfg, run, resume=args.resume is not None)
+        runs.check_unfinished(args.resume, cfg)
+        return _run(cfg, args.resume.absolute(), resume=True)
+    from deploy.train import check
+
+    check(cfg)  # before a directory is made
+    run = runs.create(args.run_dir or runs.default_path(cfg), cfg)
+    try:
+        return _run(cfg, run, resume=False)
+    finally:
+        runs.discard_unused(run)
 
 
 def _run(cfg: Config, run: Path, *, resume: bool) -> int:
-    from deploy.driver import Interrupted, exit_code
+    from deploy.driver import exit_code
+    from deploy.signals import Interrupted
     from deploy.train import train
 
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("deploy").setLevel(logging.INFO)
-    print(f"run: {run}")
+    print(f"run: {run}", flush=True)
     try:
         outcome = train(cfg, run, resume=resume)
     except Interrupted as interruption:
-        print("safedreamer: stopped before anything was trained or saved", file=sys.stderr)
+        print("safedreamer: stopped; nothing was saved since the last checkpoint, if any", file=sys.stderr)
         return 128 + interruption.number
     if outcome.signal is not None:
-        print(
-            f"safedreamer: stopped and saved; go on with: safedreamer train --resume {run}", file=sys.stderr
-        )
+        finished = outcome.counters.env_steps >= cfg.env_steps
+        command = f"eval {run}" if finished else f"train --resume {run}"
+        print(f"safedreamer: stopped and saved; go on with: safedreamer {command}", file=sys.stderr)
     return exit_code(outcome)
 
 
@@ -139,39 +150,70 @@ def _parse_train(argv: list[str]) -> tuple[TrainArgs, Config | None]:
 
     Presets and files are read first: they give the flags their defaults.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("method", "size", "task"):
-        first.add_argument(f"--{name}", default=getattr(Config(), name))
-    first.add_argument("--config", nargs="+", type=Path, default=[])
+        first.add_argument(f"--{name}")
+    first.add_argument("--config", nargs="+", type=Path, action="extend", default=[])
     first.add_argument("--resume", type=Path)
+    first.add_argument("--env.observation", dest="observation")
     try:
         chosen, _ = first.parse_known_args(argv)
-    except SystemExit:  # a flag without its value: tyro explains it better
-        chosen = first.parse_args([])
+    except argparse.ArgumentError as error:  # a flag without its value
+        raise UserError(f"{error.argument_name}: {error.message}") from None
     saved = None
     if chosen.resume is None:
-        defaults = configuration.load(chosen.method, chosen.size, chosen.task, chosen.config)
+        defaults = configuration.load(
+            chosen.method, chosen.size, chosen.task, chosen.config, chosen.observation
+        )
     else:
         from deploy import run_dir as runs
 
         defaults = saved = runs.read_config(chosen.resume)
         for path in chosen.config:
             defaults = configuration.merge(defaults, configuration.read_yaml(path), str(path))
-    args = tyro.cli(TrainArgs, args=argv, default=TrainArgs(defaults), prog="safedreamer train")
+    args = _parse(TrainArgs, argv, "train", default=TrainArgs(defaults))
     if args.resume is not None and args.run_dir is not None:
         raise UserError("--resume continues in the run's own directory; leave out --run-dir")
     return args, saved
 
 
+def _parse(form: type[_Args], argv: list[str], command: str, default: _Args | None = None) -> _Args:
+    """tyro's parser; of its page-long panel about an error, the sentence that says what is wrong."""
+    panel = io.StringIO()
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(panel):
+            return tyro.cli(form, args=argv, prog=f"safedreamer {command}", **extra)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    paragraphs: list[list[str]] = [[]]
+    for line in panel.getvalue().splitlines()[1:-1]:  # between the borders of a box
+        text = line.strip("│ ")
+        if text.startswith("──"):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(text)
+    hint = next(
+        (f" (did you mean `{p[1].split()[0]}`?)" for p in paragraphs if p[0].startswith("Perhaps")), ""
+    )
+    sentence = " ".join(paragraphs[0]).removesuffix(".")
+    raise UserError(f"{sentence}{hint}; `safedreamer {command} --help` explains the options")
+
+
 def _eval(argv: list[str]) -> int:
-    args = tyro.cli(EvalArgs, args=argv, prog="safedreamer eval")
+    args = _parse(EvalArgs, argv, "eval")
     if args.episodes < 1:
         raise UserError("--episodes must be at least 1")
+    if args.video is not None:
+        check_video_path(args.video)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from common.terminal import eval_table
     from deploy import evaluate
 
-    cfg, params, meta = evaluate.load(args.path)
+    cfg, params, meta, skipped = evaluate.load(args.path)
+    for sentence in skipped:
+        print(f"safedreamer: {sentence}; an older one is used", file=sys.stderr)
     evaluate.check_fit(cfg, args.task, args.observation)
     summary = evaluate.run(
         cfg, params, episodes=args.episodes, seed=args.seed, version=meta["version"], video=args.video

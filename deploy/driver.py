@@ -10,9 +10,8 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,8 @@ from common.config import Config, to_dict
 from common.metrics import Aggregator, summarize_episodes
 from common.status import Evaluation, Status
 from common.types import EnvSpec, EpisodeResult, UserError
+from deploy import signals
+from deploy.signals import Interrupted
 from deploy.workers import Started
 from learner.learner import LearnerReport
 
@@ -31,6 +32,7 @@ _TICK_SECONDS = 0.2
 _RATE_SECONDS = 15.0  # window of the rates that are shown
 _SLICE_END_SECONDS = 30.0  # longest wait for the slices in flight when a run ends
 _MAX_FAILURES = 3  # of one actor in a row, without an env step in between
+_ONE_SIGNAL_SECONDS = 1.0  # `timeout` and terminals may deliver one wish to stop as several signals
 
 
 class Proxy(Protocol):
@@ -105,6 +107,7 @@ class Driver:
         self._acting = True
         self._stopping = False
         self._signal: int | None = None
+        self._signalled_at = 0.0
         self._evaluating = False
         self._saving = False
         self._metrics: Proxy | None = None
@@ -117,10 +120,12 @@ class Driver:
         Raises:
             UserError: training cannot start or go on (what was trained is saved first if it can be).
         """
-        with self._signals():
+        with signals.handled(self._on_signal):
             self._start(resume)
             try:
                 self._loop()
+            except Interrupted:
+                raise
             except BaseException:
                 self._acting, self._stopping = False, True
                 self._save_what_can_be_saved()
@@ -139,14 +144,17 @@ class Driver:
             self._warn("there is no checkpoint yet: the run starts anew")
         if started.meta is not None:
             self._counters = Counters(**started.meta["counters"])
+            # The learner counts for itself: a slice may have ended between these counters and its state.
+            self._counters.updates = started.meta["updates"]
+            self._counters.replayed_steps = started.meta["updates"] * self._batch_steps
             self._status.phase = "resuming"
-        resumed_at = self._counters.env_steps if resume else None
         if self._counters.env_steps >= self._cfg.env_steps:
             raise UserError(
                 f"this run already has {self._counters.env_steps} env steps; "
                 f"to go on, give --env-steps more than that"
             )
-        self._metrics = self._workers.metrics(to_dict(self._cfg), resumed_at)
+        resumed_at = self._counters.env_steps if started.meta is not None else -1
+        self._metrics = self._workers.metrics(to_dict(self._cfg), resumed_at if resume else None)
         self._await(
             self._metrics.call(
                 "write", self._counters.env_steps, {"time/compile_seconds": started.compile_seconds}
@@ -222,14 +230,18 @@ class Driver:
 
     def _replace_actor(self, index: int, error: Exception) -> None:
         """Starts a failed actor anew: a fresh stream, the others never stop."""
+        if not self._acting:
+            self._warn(f"actor {index} failed at the end: {_first_words(error)}")
+            return
         self._failures[index] = self._failures.get(index, 0) + 1
         if self._failures[index] > _MAX_FAILURES:
-            raise UserError(f"actor {index} failed {_MAX_FAILURES + 1} times in a row: {error}") from error
+            raise UserError(
+                f"actor {index} failed {_MAX_FAILURES + 1} times in a row: {_first_words(error)}"
+            ) from error
         self._counters.restarts += 1
-        self._warn(f"actor {index} failed and is restarted: {' '.join(str(error).split())[:200]}")
+        self._warn(f"actor {index} failed and is restarted: {_first_words(error)}")
         self._rows.count("time/restarts")
-        if self._acting:
-            self._launch_actor(index, self._lives[index] + 1 + self._counters.env_steps, 0)
+        self._launch_actor(index, self._lives[index] + 1 + self._counters.env_steps, 0)
 
     def _learn(self) -> None:
         if self._stopping:
@@ -260,7 +272,7 @@ class Driver:
 
     def _evaluate(self) -> None:
         self._evaluating = True
-        self._counters.evaluated_at = at = self._counters.env_steps
+        at = self._counters.env_steps
         future = self._workers.evaluator.call("evaluate", self._cfg.evaluation.episodes)
         self._submit("evaluator", future, lambda results: self._evaluated(at, results))
 
@@ -268,6 +280,7 @@ class Driver:
         self._evaluating = False
         if not results:
             return None
+        self._counters.evaluated_at = env_steps
         summary = summarize_episodes(results)
         self._record("evaluation", summary, env_steps=env_steps)
         self._status.evaluations.append(
@@ -342,6 +355,10 @@ class Driver:
             status.phase = "training" if counters.updates else "prefill"
 
     @property
+    def _batch_steps(self) -> int:
+        return self._cfg.learner.batch_size * self._cfg.learner.batch_length
+
+    @property
     def _train_ratio(self) -> float:
         return self._counters.train_ratio(self._cfg.learner.prefill)
 
@@ -358,6 +375,10 @@ class Driver:
         self._drain(actors)
         self._stopping = True
         self._drain({"learner", "replay"})
+        self._hand_over_last_episodes()
+        if self._signal is None:
+            # The final evaluation stands for the periodic one that is due here, also after a resume.
+            self._counters.evaluated_at = self._counters.env_steps
         self._await_all([self._workers.learner.call("save", self._meta())])
         if self._cfg.replay.checkpoint:
             self._await_all([self._workers.replay.call("checkpoint")])
@@ -371,6 +392,11 @@ class Driver:
         self._await_all([self._metrics.call("close")])
         self._status.phase = "done" if summary else "stopped"
         return summary
+
+    def _hand_over_last_episodes(self) -> None:
+        """Episodes of the last slices still move the multiplier, before it is saved."""
+        episodes, self._episodes = self._episodes, []
+        self._await_all([self._workers.learner.call("run", 0.0, episodes, self._counters.env_steps)])
 
     def _final_evaluation(self) -> dict[str, float] | None:
         self._status.phase = "evaluating"
@@ -400,7 +426,9 @@ class Driver:
             if self._cfg.replay.checkpoint:
                 self._await_all([self._workers.replay.call("checkpoint")])
         except Exception as error:
-            logger.warning("no last checkpoint could be written: %s", error)
+            logger.warning("no last checkpoint could be written: %s", _first_words(error))
+        assert self._metrics is not None
+        wait([self._metrics.call("close")], _SLICE_END_SECONDS)
 
     def _await(self, future: Future[Any]) -> Any:
         """Waits for one result; a signal meanwhile ends the run at once, for nothing has begun."""
@@ -419,35 +447,21 @@ class Driver:
         logger.warning(text)
         self._status.warnings.append(text)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGHUP end the run with a checkpoint; a second one ends it without."""
-
-        def handle(number: int, frame: Any) -> None:
-            if self._signal is not None:
+    def _on_signal(self, number: int) -> None:
+        """The first ends the run with a checkpoint, a second one without."""
+        now = time.monotonic()
+        if self._signal is not None:
+            if now - self._signalled_at > _ONE_SIGNAL_SECONDS:
                 raise Interrupted(number)
-            self._signal = number
-            self._status.warnings.append(
-                f"{signal.Signals(number).name}: saving a checkpoint; once more to leave without it"
-            )
-
-        before = {number: signal.signal(number, handle) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            return
+        self._signal, self._signalled_at = number, now
+        self._status.warnings.append(
+            f"{signal.Signals(number).name}: saving a checkpoint; once more to leave without it"
+        )
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(BaseException):
-    """A signal ended the run before there was anything to save, or for the second time."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+def _first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or repr(error)
 
 
 def exit_code(outcome: Outcome) -> int:

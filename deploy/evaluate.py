@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,19 +19,36 @@ from deploy import wiring
 _FPS = 100.0  # env steps per second of video time: about real time in navigation tasks
 
 
-def load(path: Path) -> tuple[Config, Params, dict[str, Any]]:
-    """Configuration, acting parameters and meta of a run's newest checkpoint or of one checkpoint.
+class Loaded(NamedTuple):
+    """What a checkpoint holds for whoever acts."""
 
-    Raises UserError when there is none, or it does not fit its own configuration.
+    cfg: Config
+    params: Params
+    meta: dict[str, Any]
+    skipped: list[str]  # newer checkpoints of the run that are damaged
+
+
+def load(path: Path) -> Loaded:
+    """A run's newest intact checkpoint, or the one checkpoint that `path` is.
+
+    Raises UserError when there is none, it is damaged, or does not fit its own configuration.
     """
+    path = path.absolute()
     found = checkpoint.find_checkpoint(path)
-    meta = checkpoint.read_meta(found)
+    cfg = _config(found, checkpoint.read_meta(found))
+    train = wiring.train_step(cfg, wiring.spec_of(cfg))
+    like = jax.eval_shape(train.init, 0)
+    restored = (
+        checkpoint.restore(found, like) if found == path else checkpoint.restore_latest(found.parent, like)
+    )
+    assert restored is not None  # or there were none to find
+    return Loaded(_config(found, restored.meta), train.acting(restored.tree), restored.meta, restored.skipped)
+
+
+def _config(found: Path, meta: dict[str, Any]) -> Config:
     if "config" not in meta:
         raise UserError(f"{found} is not a checkpoint of `safedreamer train`: it holds no configuration")
-    cfg = config.from_dict(meta["config"], str(found))
-    train = wiring.train_step(cfg, wiring.spec_of(cfg))
-    state = checkpoint.restore(found, jax.eval_shape(train.init, 0)).tree
-    return cfg, train.acting(state), meta
+    return config.from_dict(meta["config"], str(found))
 
 
 def check_fit(cfg: Config, task: str | None, observation: str | None) -> None:

@@ -55,7 +55,7 @@ class InlineWorkers:
             min_steps=cfg.learner.prefill,
             streams=cfg.actors.count * cfg.actors.envs,
             checkpoint_dir=run / runs.REPLAY,
-            log=run / "replay.log",
+            log=run / runs.REPLAY_LOG,
         )
         self.messages = self._server.messages
         address = self._address = f"localhost:{self._server.port}"
@@ -63,7 +63,7 @@ class InlineWorkers:
         self.replay = ThreadProxy("replay", lambda: self._server)
         self.learner = ThreadProxy("learner", lambda: LearnerWorker(cfg, spec, run, put, address))
         self.evaluator = ThreadProxy("evaluator", lambda: EvaluatorWorker(cfg, spec, self._holder))
-        self._actors: list[ThreadProxy] = []
+        self._actors: dict[int, ThreadProxy] = {}
         self._metrics: ThreadProxy | None = None
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> ThreadProxy:
@@ -73,12 +73,15 @@ class InlineWorkers:
         return self._metrics
 
     def actor(self, index: int, life: int, prefill: int) -> ThreadProxy:
+        """Starts an actor; one of the same number has failed, and what is left of it goes."""
+        if index in self._actors:
+            self._actors.pop(index).close()
         arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill)
-        self._actors.append(ThreadProxy(f"actor{index}", lambda: ActorWorker(*arguments)))
-        return self._actors[-1]
+        self._actors[index] = ThreadProxy(f"actor{index}", lambda: ActorWorker(*arguments))
+        return self._actors[index]
 
     def close(self) -> None:
-        parts = [*self._actors, self.evaluator, self.learner, self._metrics]
+        parts = [*self._actors.values(), self.evaluator, self.learner, self._metrics]
         for proxy in parts:
             if proxy is not None:
                 proxy.close()

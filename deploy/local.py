@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from common.config import Config
 from common.metrics import MetricsWriter
 from common.types import EnvSpec, UserError, replay_spec
 from deploy import run_dir as runs
+from deploy import signals
 from deploy.weights import Holder, RayHolder
 from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
 from replay.server import ReplayServer
@@ -39,7 +40,12 @@ class RayProxy:
         self._handle = handle
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        return getattr(self._handle, method).remote(*args).future()
+        """The call's result, or the error that the part itself raised, without Ray's traceback around it."""
+        answer: Future[Any] = Future()
+        getattr(self._handle, method).remote(*args).future().add_done_callback(
+            lambda done: _settle(answer, done)
+        )
+        return answer
 
 
 class _Replay:
@@ -92,11 +98,11 @@ class RayWorkers:
         if self._owns_ray:
             start_ray()
         self._handles: list[Any] = []
+        self._actors: dict[int, Any] = {}
         try:
             self._holder = self._start(Holder)
-            replay = self._start(_Replay, cfg, spec, run / runs.REPLAY, env=_ON_CPU)
-            self._address, self.messages = self._reach(replay)
-            self.replay = RayProxy(replay)
+            self.replay = RayProxy(self._start(_Replay, cfg, spec, run / runs.REPLAY, env=_ON_CPU))
+            self._address, self.messages = self.replay.call("where").result(_READY_SECONDS)
             arguments = (cfg, spec, run, self._holder, self._address)
             self.learner = RayProxy(self._start(_Learner, *arguments, gpu=_gpus()))
             self.evaluator = RayProxy(
@@ -110,15 +116,23 @@ class RayWorkers:
         return RayProxy(self._start(MetricsWriter, self._run, self._cfg.logging, cfg, resume_env_steps))
 
     def actor(self, index: int, life: int, prefill: int) -> RayProxy:
+        """Starts an actor; one of the same number has failed, and what is left of it goes."""
+        if index in self._actors:
+            self._end(self._actors.pop(index))
         arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill)
-        return RayProxy(self._start(_Actor, *arguments, env=_ON_CPU | _ONE_THREAD))
+        self._actors[index] = self._start(_Actor, *arguments, env=_ON_CPU | _ONE_THREAD)
+        return RayProxy(self._actors[index])
 
     def close(self) -> None:
-        for handle in self._handles:
-            with contextlib.suppress(Exception):
-                ray.kill(handle)
+        for handle in list(self._handles):
+            self._end(handle)
         if self._owns_ray:
             ray.shutdown()
+
+    def _end(self, handle: Any) -> None:
+        self._handles.remove(handle)
+        with contextlib.suppress(Exception):
+            ray.kill(handle)
 
     def _start(self, part: type, *args: Any, env: dict[str, str] | None = None, gpu: float = 0) -> Any:
         # CPUs are oversubscribed on purpose: the rate limiter shares them out better than Ray can.
@@ -127,12 +141,6 @@ class RayWorkers:
         self._handles.append(handle)
         return handle
 
-    def _reach(self, replay: Any) -> tuple[str, list[str]]:
-        try:
-            return ray.get(replay.where.remote(), timeout=_READY_SECONDS)
-        except RayActorError as error:
-            raise UserError(_root_cause(error)) from error
-
 
 def start_ray() -> None:
     """A Ray on this machine for this process alone. Raises UserError with the nearest right thing to do."""
@@ -140,15 +148,16 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            configure_logging=True,
-            logging_level="error",
-            log_to_driver=True,
-            object_store_memory=_STORE_BYTES,
-            runtime_env={"env_vars": {"PYTHONPATH": path}},
-        )
+        with signals.held_back():  # Ray would take the handler of SIGTERM, and its processes would see Ctrl-C
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                configure_logging=True,
+                logging_level="error",
+                log_to_driver=True,
+                object_store_memory=_STORE_BYTES,
+                runtime_env={"env_vars": {"PYTHONPATH": path}},
+            )
     except Exception as error:
         raise UserError(
             f"Ray did not start ({' '.join(str(error).split())[:300]}); `safedreamer doctor` checks it, and "
@@ -160,7 +169,24 @@ def _gpus() -> float:
     return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
 
 
-def _root_cause(error: BaseException) -> str:
-    """The sentence that a part failed with, without Ray's traceback around it."""
-    cause = getattr(error, "cause", None) or error.__cause__
-    return str(cause) if isinstance(cause, UserError) else str(error)
+def _settle(answer: Future[Any], done: Future[Any]) -> None:
+    error = done.exception()
+    if error is None:
+        answer.set_result(done.result())
+    else:
+        answer.set_exception(_root_cause(error))
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """What a part raised. Ray keeps the exception of a call, and only the text of one in a constructor."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        cause.__cause__ = error  # its text is the traceback in the other process
+        return cause
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        text = str(error)
+        _, user_error, sentence = text.rpartition(f"{UserError.__name__}: ")
+        cause = UserError(sentence.strip()) if user_error else RuntimeError(text.rstrip().rpartition("\n")[2])
+        cause.__cause__ = error
+        return cause
+    return error

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from common import checkpoint
 from common import config as configuration
 from common.config import Config
+from common.metrics import EPISODES, METRICS
 from common.types import UserError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
+REPLAY_LOG = "replay.log"
 PLOT = "curves.png"
-LOGS = "logs"
+LOCK = ".lock"
 
 # What may change when a run is resumed; everything else would make another run of it.
 RESUMABLE = (
@@ -43,11 +48,11 @@ def create(path: Path, cfg: Config) -> Path:
     Raises UserError where there is a run already, or no permission or room.
     """
     path = path.absolute()
-    if (path / CONFIG).exists():
-        raise UserError(
-            f"{path} holds a run already; continue it with --resume {path}, or choose another --run-dir"
-        )
     try:
+        if (path / CONFIG).exists():
+            raise UserError(
+                f"{path} holds a run already; continue it with --resume {path}, or choose another --run-dir"
+            )
         path.mkdir(parents=True, exist_ok=True)
         write_config(path, cfg)
     except OSError as error:
@@ -57,8 +62,21 @@ def create(path: Path, cfg: Config) -> Path:
     return path
 
 
+def discard_unused(path: Path) -> None:
+    """Removes a run directory in which nothing was trained, so that the next try may have its name."""
+    metrics = path / METRICS
+    if (path / CHECKPOINTS).exists() or (metrics.exists() and metrics.stat().st_size):
+        return
+    for directory in (REPLAY, "tensorboard", "wandb"):
+        shutil.rmtree(path / directory, ignore_errors=True)
+    for file in (CONFIG, LOCK, REPLAY_LOG, METRICS, EPISODES, PLOT):
+        (path / file).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files are in it
+        path.rmdir()
+
+
 def write_config(path: Path, cfg: Config) -> None:
-    """Writes config.yaml whole or not at all."""
+    """Writes config.yaml whole or not at all. Raises OSError."""
     temporary = path / f".{CONFIG}.tmp"
     temporary.write_text(configuration.dump(cfg))
     os.replace(temporary, path / CONFIG)
@@ -83,10 +101,23 @@ def check_resumable(saved: Config, wanted: Config) -> None:
             )
 
 
+def check_unfinished(path: Path, cfg: Config) -> None:
+    """Raises UserError when a run has its env steps already."""
+    newest = checkpoint.latest(path / CHECKPOINTS)
+    done = checkpoint.read_meta(newest)["env_steps"] if newest is not None else 0
+    if done >= cfg.env_steps:
+        raise UserError(
+            f"this run has its {done} env steps already; to go on, give --env-steps more than that"
+        )
+
+
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Holds a run for one process. Raises UserError when another one trains in it now."""
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    """Holds a run for one process. Raises UserError when another one trains in it now, or none may."""
+    try:
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"the run {path} cannot be written ({error.strerror})") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

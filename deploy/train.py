@@ -14,9 +14,9 @@ from common.status import Status
 from common.terminal import RunResult, TerminalView, print_result
 from common.types import EnvSpec, replay_spec
 from deploy import run_dir as runs
-from deploy import wiring
+from deploy import signals, wiring
 from deploy.driver import Driver, Outcome, Workers
-from replay.table import memory_ceiling
+from replay.table import memory_ceiling, table_spec
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +36,39 @@ def _local(cfg: Config, spec: EnvSpec, run: Path) -> Workers:
 BACKENDS: dict[str, Callable[[Config, EnvSpec, Path], Workers]] = {"inline": _inline, "local": _local}
 
 
+def check(cfg: Config) -> EnvSpec:
+    """Raises UserError for what only the environment's description and the replay table can tell."""
+    spec = wiring.spec_of(cfg)
+    wiring.train_step(cfg, spec)
+    table_spec(
+        replay_spec(spec),
+        cfg.replay,
+        batch_length=cfg.learner.batch_length,
+        train_ratio=cfg.learner.train_ratio,
+        batch_size=cfg.learner.batch_size,
+        min_steps=cfg.learner.prefill,
+        streams=cfg.actors.count * cfg.actors.envs,
+    )
+    return spec
+
+
 def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
     """Trains in an existing run directory, prints the result, and draws the curves.
 
-    Raises UserError when the run cannot start or go on.
+    Raises UserError when the run cannot start or go on, and Interrupted when a signal ends it before
+    there is anything to save (or for the second time).
     """
-    spec = wiring.spec_of(cfg)
-    wiring.train_step(cfg, spec)  # refuses what only the environment's description can tell
+    spec = check(cfg)
     status = Status(cfg.method, cfg.task, cfg.size, cfg.seed, run, cfg.env_steps)
     status.train_ratio_target = cfg.learner.train_ratio
     with (
+        signals.handled(signals.interrupt),
         runs.lock(run),
         TerminalView(status, live=cfg.logging.live, every_seconds=cfg.logging.every_seconds),
     ):
+        if resume:
+            runs.check_unfinished(run, cfg)
+            runs.write_config(run, cfg)
         _announce_memory(cfg, spec)
         workers = BACKENDS[cfg.backend](cfg, spec, run)
         try:

@@ -101,6 +101,12 @@ class Signal(NamedTuple):
 
     return_: Float[Array, "H N"]
     value: Float[Array, "H+1 N"]
+    scale: Float[Array, ""] | float = 1.0  # by which advantages are divided
+
+    @property
+    def advantage(self) -> Float[Array, "H N"]:
+        """(R - v) / scale."""
+        return (self.return_ - self.value[:-1]) / self.scale
 
 
 class Outcome(NamedTuple):

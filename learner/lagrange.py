@@ -60,7 +60,9 @@ def augmented_penalty(state: AugmentedState, violation: Float[Array, ""]) -> Flo
     """
     multiplier, c = state
     active = multiplier * violation + c / 2 * violation**2
-    return jnp.where(multiplier + c * violation > 0, active, -(multiplier**2) / (2 * c))
+    # c = 0 with lambda = 0 is no constraint at all, not 0 / 0.
+    inactive = -(multiplier**2) / (2 * jnp.maximum(c, jnp.finfo(jnp.float32).tiny))
+    return jnp.where(multiplier + c * violation > 0, active, inactive)
 
 
 def augmented_update(
@@ -124,7 +126,9 @@ def pid_update(
 def pid(cfg: PidConfig, cost_limit: float) -> Constraint:
     """PID Lagrangian on the episode cost (**ours** for an acting actor; LAPTOP: constraint).
 
-    loss = (loss_reward + lambda mean(weight A_C)) / (1 + lambda), A_C = cost return - cost value.
+    loss = (loss_reward + lambda mean(weight A_C)) / (1 + lambda), A_C = (cost return - cost value) / scale
+    with the running spread of cost returns as scale: the multiplier weighs two advantages of like size,
+    however rare costs have become.
     """
 
     def init() -> PidState:
@@ -132,9 +136,7 @@ def pid(cfg: PidConfig, cost_limit: float) -> Constraint:
         return PidState(zero, jnp.asarray(cfg.init), zero, zero, zero, jnp.zeros(_DELAY))
 
     def penalise(state: PidState, loss: Array, outcome: Outcome) -> tuple[Array, Array]:
-        cost = _cost(outcome)
-        advantage = cost.return_ - jax.lax.stop_gradient(cost.value[:-1])
-        penalty = (outcome.weight * advantage).mean()
+        penalty = (outcome.weight * _cost(outcome).advantage).mean()
         multiplier = state.multiplier
         return (loss + multiplier * penalty) / (1 + multiplier), state.average - cost_limit
 

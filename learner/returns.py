@@ -55,6 +55,10 @@ class Moments(NamedTuple):
         return Moments(decay * self.low + (1 - decay) * low, decay * self.high + (1 - decay) * high)
 
     @property
+    def spread(self) -> Float[Array, ""]:
+        return self.high - self.low
+
+    @property
     def scale(self) -> Float[Array, ""]:
-        """max(1, range): small returns are not blown up."""
-        return jnp.maximum(1.0, self.high - self.low)
+        """max(1, spread): small returns are not blown up."""
+        return jnp.maximum(1.0, self.spread)

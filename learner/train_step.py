@@ -37,7 +37,8 @@ class TrainState(NamedTuple):
     actor_opt: Any
     critic_opt: Any
     cost_critic_opt: Any
-    moments: Moments
+    moments: Moments  # of imagined reward returns
+    cost_moments: Moments
     multiplier: Any  # the constraint's state
     updates: Int[Array, ""]
     bad_in_row: Int[Array, ""]  # updates skipped because something was not finite, since the last good one
@@ -75,6 +76,7 @@ class TrainStep:
             critic_opt=optimizers.critic.init(critic.fast),
             cost_critic_opt=None if cost_critic is None else optimizers.critic.init(cost_critic.fast),
             moments=Moments.init(),
+            cost_moments=Moments.init(),
             multiplier=self.constraint.init(),
             updates=jnp.zeros((), jnp.int32),
             bad_in_row=jnp.zeros((), jnp.int32),
@@ -93,7 +95,7 @@ class TrainStep:
         metrics["grad/model"] = norm
 
         start, cont = _starts(observed.latents, batch, self.cfg.behavior, key_start)
-        (actor_loss, (outcome, moments, violation, more)), grads = jax.value_and_grad(
+        (actor_loss, (outcome, moments, cost_moments, violation, more)), grads = jax.value_and_grad(
             self._actor_loss, has_aux=True
         )(state.actor, model, state, start, cont, key_imagine)
         actor, actor_opt, norm = optimizers.actor.update(state.actor, grads, state.actor_opt)
@@ -125,13 +127,14 @@ class TrainStep:
             critic_opt=critic_opt,
             cost_critic_opt=cost_critic_opt,
             moments=moments,
+            cost_moments=cost_moments,
             multiplier=self.constraint.on_batch(state.multiplier, violation),
             updates=state.updates + 1,
             bad_in_row=jnp.zeros_like(state.bad_in_row),
             key=key,
         )
         metrics["safety/multiplier"] = trained.multiplier.multiplier
-        return _keep_if_finite(trained, state, key, metrics)
+        return _keep_if_finite(trained, state, key, batch, metrics)
 
     def acting(self, state: TrainState) -> ActingParams:
         """Parameters that a policy needs, for broadcasting."""
@@ -146,17 +149,21 @@ class TrainStep:
         start: Start,
         cont: Array,
         key: PRNGKeyArray,
-    ) -> tuple[Array, tuple[Outcome, Moments, Array, Metrics]]:
+    ) -> tuple[Array, tuple[Outcome, Moments, Moments, Array, Metrics]]:
         """-(advantage + entropy bonus) under the constraint, mean over imagined states (ALGORITHM: 2, 3)."""
         cfg = self.cfg.behavior
         imagined = imagine(model.rssm, actor, start.latent, cfg.horizon, key, self.spec.action_size)
         outcome = evaluate(
             imagined, start, cont, model, state.critic, state.cost_critic, self.cost_model or _no_cost, cfg
         )
-        reward = outcome.reward
-        moments = state.moments.update(jax.lax.stop_gradient(reward.return_), cfg.moments_decay)
-        advantage = (reward.return_ - reward.value[:-1]) / moments.scale
-        objective = outcome.weight * (advantage + cfg.entropy * imagined.entropy)
+        moments = _follow(state.moments, outcome.reward, cfg)
+        reward = outcome.reward._replace(scale=moments.scale)
+        cost_moments = state.cost_moments
+        if outcome.cost is not None:
+            cost_moments = _follow(cost_moments, outcome.cost, cfg)
+            scale = jnp.maximum(cfg.min_cost_scale, cost_moments.spread)
+            outcome = outcome._replace(cost=outcome.cost._replace(scale=scale))
+        objective = outcome.weight * (reward.advantage + cfg.entropy * imagined.entropy)
         loss, violation = self.constraint.penalise(state.multiplier, -objective.mean(), outcome)
         metrics = {
             "behavior/return": reward.return_.mean(),
@@ -168,8 +175,8 @@ class TrainStep:
         if outcome.cost is not None:
             metrics["behavior/cost_return"] = outcome.cost.return_.mean()
             metrics["behavior/cost_value"] = outcome.cost.value.mean()
-        outcome, moments, violation = jax.lax.stop_gradient((outcome, moments, violation))
-        return loss, (outcome, moments, violation, metrics)
+            metrics["behavior/cost_scale"] = jnp.asarray(outcome.cost.scale)
+        return loss, jax.lax.stop_gradient((outcome, moments, cost_moments, violation, metrics))
 
     def _optimizers(self) -> _Optimizers:
         model, behavior = self.cfg.world_model, self.cfg.behavior
@@ -214,16 +221,24 @@ def _starts(latents: Latent, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArra
     return jax.tree.map(lambda x: x[chosen], flat), cont[chosen]
 
 
+def _follow(moments: Moments, signal: Signal, cfg: BehaviorConfig) -> Moments:
+    return moments.update(jax.lax.stop_gradient(signal.return_), cfg.moments_decay)
+
+
 def _no_cost(model: WorldModel, start: Start, latents: Latent) -> Array:
     raise TypeError("the method has no cost model")
 
 
 def _keep_if_finite(
-    trained: TrainState, before: TrainState, key: PRNGKeyArray, metrics: Metrics
+    trained: TrainState, before: TrainState, key: PRNGKeyArray, batch: Batch, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """Takes the new state only if every loss and gradient norm is finite; else counts a bad update."""
-    checked = [x for name, x in metrics.items() if name.startswith(("loss/", "grad/"))]
-    good = jnp.isfinite(jnp.stack(checked)).all()
+    """Takes the new state only if the batch, every loss and every gradient norm are finite.
+
+    Otherwise counts a bad update. The batch is looked at because a two-hot target hides an infinite
+    reward or cost in its outermost bin.
+    """
+    losses = [x for name, x in metrics.items() if name.startswith(("loss/", "grad/"))]
+    good = jnp.stack([jnp.isfinite(x).all() for x in (*losses, *batch.values())]).all()
     skipped = before._replace(key=key, bad_in_row=before.bad_in_row + 1)
     state = jax.tree.map(lambda new, old: jnp.where(good, new, old), trained, skipped)
     return state, metrics | {"train/bad_in_row": state.bad_in_row}

@@ -143,8 +143,12 @@ def test_bounded_normal_by_hand() -> None:
     std = 0.9 / (1 + np.exp([-2.0, -1.0])) + 0.1
     np.testing.assert_allclose(policy.mean, [0.0, np.tanh(1.0)], rtol=1e-6)
     np.testing.assert_allclose(policy.std, std, rtol=1e-6)
-    np.testing.assert_allclose(policy.sample_with(jnp.array([2.0, -1.0])), policy.mean + std * [2, -1], rtol=1e-5)
-    assert float(policy.entropy()) == pytest.approx((0.5 * np.log(2 * np.pi * np.e) + np.log(std)).sum(), rel=1e-5)
+    np.testing.assert_allclose(
+        policy.sample_with(jnp.array([2.0, -1.0])), policy.mean + std * [2, -1], rtol=1e-5
+    )
+    assert float(policy.entropy()) == pytest.approx(
+        (0.5 * np.log(2 * np.pi * np.e) + np.log(std)).sum(), rel=1e-5
+    )
 
 
 def test_std_stays_between_its_bounds() -> None:

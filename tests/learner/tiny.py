@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey
 
 from common.config import BehaviorConfig, Config, PlannerConfig, SafetyConfig, WorldModelConfig
 from common.types import ArraySpec, EnvSpec
+
+T = TypeVar("T")
 
 MODEL = WorldModelConfig(
     deter=8,
@@ -60,7 +65,15 @@ def batch(seed: int = 0, size: int = 2, length: int = 4) -> dict[str, np.ndarray
     }
 
 
-def perturbed(tree: Any, seed: int = 0, scale: float = 0.3) -> Any:
-    """The tree with noise on every array, so that no layer is zero or at its initial value."""
+def filled(build: Callable[[], T], seed: int = 0, scale: float = 0.4) -> T:
+    """A module with every array drawn at random (scales of norms around 1), so that none is zero.
+
+    Nothing is compiled: `build` is only traced.
+    """
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + scale * rng.normal(size=x.shape).astype(np.float32), tree)
+
+    def draw(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+        values = scale * rng.normal(size=x.shape)
+        return jnp.asarray(values + (path[-1] == GetAttrKey("scale")), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(build))

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported anywhere, also in child processes
+# What one test has compiled, the others (and their processes) need not compile again.
+_CACHE = tempfile.mkdtemp(prefix="safedreamer-jax-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import pytest
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for all tests of a session; runs use the Ray that is there."""
+    import ray
+
+    from deploy.local import start_ray
+
+    start_ray()
+    yield
+    ray.shutdown()
