@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from common.types import UserError
 from common.video import check_video_path
 
 _Args = TypeVar("_Args")
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 USAGE = """usage: safedreamer COMMAND [OPTIONS]
 
@@ -188,15 +190,15 @@ def _parse(form: type[_Args], argv: list[str], command: str, default: _Args | No
         if not stop.code:  # --help
             raise
     paragraphs: list[list[str]] = [[]]
-    for line in panel.getvalue().splitlines()[1:-1]:  # between the borders of a box
-        text = line.strip("│ ")
-        if text.startswith("──"):
+    for line in _ESCAPES.sub("", panel.getvalue()).splitlines()[1:]:  # below the title
+        text = line.strip(" │")
+        if set(text) <= set("─-╰╯"):
             paragraphs.append([])
         else:
             paragraphs[-1].append(text)
-    hint = next(
-        (f" (did you mean `{p[1].split()[0]}`?)" for p in paragraphs if p[0].startswith("Perhaps")), ""
-    )
+    paragraphs = [lines for lines in paragraphs if lines]
+    near = next((lines[1].split()[0] for lines in paragraphs if lines[0].startswith("Perhaps")), "")
+    hint = f" (did you mean `{near}`?)" if near else ""
     sentence = " ".join(paragraphs[0]).removesuffix(".")
     raise UserError(f"{sentence}{hint}; `safedreamer {command} --help` explains the options")
 

@@ -205,9 +205,9 @@ class Driver:
         self._pending[future] = (name, handler)
 
     def _act(self, index: int) -> None:
-        if not self._acting:
-            return
         remaining = self._cfg.env_steps - self._counters.env_steps
+        if not self._acting or remaining <= 0:
+            return
         share = max(1, remaining // len(self._actors))
         future = self._actors[index].call("run", self._cfg.actors.slice_seconds, share)
         self._submit(f"actor{index}", future, lambda report: self._acted(index, report))
@@ -266,8 +266,8 @@ class Driver:
 
     def _evaluation_is_due(self) -> bool:
         counters, every = self._counters, self._cfg.evaluation.every
-        if self._evaluating or every == 0:
-            return False
+        if self._evaluating or every == 0 or counters.env_steps >= self._cfg.env_steps:
+            return False  # the final evaluation stands for one that is due at the end
         return counters.evaluated_at < 0 or counters.env_steps // every > counters.evaluated_at // every
 
     def _evaluate(self) -> None:
@@ -377,7 +377,7 @@ class Driver:
         self._drain({"learner", "replay"})
         self._hand_over_last_episodes()
         if self._signal is None:
-            # The final evaluation stands for the periodic one that is due here, also after a resume.
+            # The final evaluation stands for the periodic one that would be due at once after a resume.
             self._counters.evaluated_at = self._counters.env_steps
         self._await_all([self._workers.learner.call("save", self._meta())])
         if self._cfg.replay.checkpoint:

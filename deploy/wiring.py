@@ -14,7 +14,16 @@ from actors.safety_gym import env_spec
 from actors.vector_env import SafetyVectorEnv
 from common.config import Config, SafetyConfig
 from common.types import EnvSpec, ParamSource, Policy, UserError, Writer
-from learner.cost_model import CostModel, anchored_hazards, decoded_hazards, learned_cost
+from learner.cost_model import (
+    LATENT,
+    Anchor,
+    CostModel,
+    Features,
+    anchored_hazards,
+    decoded_hazards,
+    learned_cost,
+    nearest_hazards,
+)
 from learner.lagrange import Constraint, augmented, pid, unconstrained
 from learner.policy import Choose, actor_choice, make_policy, planner_choice
 from learner.train_step import TrainStep
@@ -31,9 +40,8 @@ def _geometric(safety: SafetyConfig, spec: EnvSpec) -> CostModel:
     return decoded_hazards(hazards, safety.hazard_radius)
 
 
-def _anchored(safety: SafetyConfig, spec: EnvSpec) -> CostModel:
-    hazards, rotation, position = _slices(spec, "hazards", "rotation", "position")
-    return anchored_hazards(hazards, rotation, position, safety.hazard_radius)
+def _anchor(spec: EnvSpec) -> Anchor:
+    return Anchor(*_slices(spec, "hazards", "rotation", "position"))
 
 
 def _slices(spec: EnvSpec, *names: str) -> list[tuple[int, int]]:
@@ -50,18 +58,27 @@ COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], CostModel | None]] = {
     "none": lambda safety, spec: None,
     "learned": lambda safety, spec: learned_cost,
     "geometric": _geometric,
-    "anchored": _anchored,
+    "anchored": lambda safety, spec: anchored_hazards(_anchor(spec), safety.hazard_radius),
 }
+
+# What actor and critics read besides the latent; where not listed, nothing.
+FEATURES: dict[str, Callable[[EnvSpec], Features]] = {
+    "anchored": lambda spec: nearest_hazards(_anchor(spec)),
+}
+
+
+def _features(cfg: Config, spec: EnvSpec) -> Features:
+    return FEATURES.get(cfg.safety.cost_model, lambda spec: LATENT)(spec)
 
 
 def _planner(cfg: Config, spec: EnvSpec, explore: bool) -> Choose:
     cost_model = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec)
     assert cost_model is not None  # refused by config.check
-    return planner_choice(cost_model, cfg.planner, cfg.behavior, cfg.safety.cost_limit)
+    return planner_choice(cost_model, cfg.planner, cfg.behavior, cfg.safety.cost_limit, _features(cfg, spec))
 
 
 POLICIES: dict[str, Callable[[Config, EnvSpec, bool], Choose]] = {
-    "actor": lambda cfg, spec, explore: actor_choice(explore=explore),
+    "actor": lambda cfg, spec, explore: actor_choice(explore=explore, features=_features(cfg, spec)),
     "planner": _planner,
 }
 
@@ -79,6 +96,7 @@ def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
         constraint=CONSTRAINTS[cfg.safety.constraint](cfg.safety),
         cost_model=COST_MODELS[cfg.safety.cost_model](cfg.safety, spec),
         learn_cost=cfg.safety.cost_model == "learned",
+        features=_features(cfg, spec),
     )
 
 

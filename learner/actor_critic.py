@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from common.config import BehaviorConfig, WorldModelConfig
-from learner.cost_model import CostModel, Start
+from learner.cost_model import CostModel, Read, Start
 from learner.distributions import BoundedNormal, TwoHot
 from learner.layers import Head
 from learner.returns import lambda_return, trajectory_weight
@@ -69,31 +69,48 @@ def critic_loss(
     return -(weight * (value.log_prob(target) + value.log_prob(slow))).mean()
 
 
+def feat_of(latent: Latent) -> Float[Array, "*n F"]:
+    """What actor and critics read unless a method shows them more."""
+    return latent.feat
+
+
 class Imagined(NamedTuple):
     """A rollout of the prior under the actor; states 0..H, actions chosen at 0..H-1."""
 
     latents: Latent  # [H+1, N, ...]
+    feat: Float[Array, "H+1 N F"]  # what actor and critics read
     entropy: Float[Array, "H N"]  # of the actor at states 0..H-1
 
 
 def imagine(
-    rssm: RSSM, actor: Actor, start: Latent, horizon: int, key: PRNGKeyArray, action_size: int
+    rssm: RSSM,
+    actor: Actor,
+    start: Latent,
+    horizon: int,
+    key: PRNGKeyArray,
+    action_size: int,
+    read: Read = feat_of,
 ) -> Imagined:
-    """Rolls the prior `horizon` steps from N start states; differentiable in the actor's parameters."""
+    """Rolls the prior `horizon` steps from N start states; differentiable in the actor's parameters.
+
+    Args:
+        read: what the actor reads at a latent.
+    """
     key_action, key_state = jax.random.split(key)
     count = start.deter.shape[0]
     noise = jax.random.normal(key_action, (horizon, count, action_size))
     gumbel = jax.random.gumbel(key_state, (horizon, count, rssm.stoch, rssm.classes))
 
-    def step(latent: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, tuple[Latent, Array]]:
+    def step(latent: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, tuple[Latent, Array, Array]]:
         noise_t, gumbel_t = inputs
-        policy = actor(jax.lax.stop_gradient(latent.feat))
+        feat = read(latent)
+        policy = actor(jax.lax.stop_gradient(feat))
         following = rssm.img_step(latent, policy.sample_with(noise_t), gumbel_t)
-        return following, (following, policy.entropy())
+        return following, (following, feat, policy.entropy())
 
-    _, (latents, entropy) = jax.lax.scan(step, start, (noise, gumbel))
+    last, (latents, feat, entropy) = jax.lax.scan(step, start, (noise, gumbel))
     latents = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, latents)
-    return Imagined(latents, entropy)
+    return Imagined(latents, jnp.concatenate([feat, read(last)[None]]), entropy)
 
 
 class Signal(NamedTuple):
@@ -134,7 +151,7 @@ def evaluate(
         start_cont: 1 - is_terminal of the start states; later states use the mode of the continue head.
     """
     latents = imagined.latents
-    feat = latents.feat
+    feat = imagined.feat
     cont = jnp.concatenate([start_cont[None], model.cont(latents).mode[1:]])
     cont = jax.lax.stop_gradient(cont)
     discount = cfg.gamma * cont[1:]

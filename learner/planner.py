@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from common.config import BehaviorConfig, PlannerConfig
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import CostModel, Start
+from learner.cost_model import LATENT, CostModel, Features, Start
 from learner.returns import lambda_return
 from learner.rssm import Latent
 from learner.world_model import WorldModel
@@ -107,6 +107,7 @@ def model_score(
     start: Start,
     cfg: PlannerConfig,
     behavior: BehaviorConfig,
+    features: Features = LATENT,
 ) -> Score:
     """Scores candidates by rolling the world model's prior from one state."""
 
@@ -123,7 +124,7 @@ def model_score(
         actions = candidates.swapaxes(0, 1)[:horizon]
         _, latents = jax.lax.scan(step, first, (actions, gumbel))
         discount = behavior.gamma * model.cont(latents).mode
-        value = critic.value(latents.feat).mean
+        value = critic.value(features.at(model, start)(latents)).mean
         return_ = lambda_return(model.reward(latents).mean, value, discount, behavior.lambda_)[0]
         cost = cost_model(model, start, latents).sum(0)
         scale = cfg.cost_scale_length / horizon if cfg.cost_scale_length else 1.0
@@ -133,9 +134,15 @@ def model_score(
 
 
 def actor_proposals(
-    model: WorldModel, actor: Actor, latent: Latent, count: int, horizon: int, key: PRNGKeyArray
+    model: WorldModel,
+    actor: Actor,
+    start: Start,
+    count: int,
+    horizon: int,
+    key: PRNGKeyArray,
+    features: Features = LATENT,
 ) -> Float[Array, "M H+1 A"]:
-    """Action sequences of the actor, imagined from one latent."""
+    """Action sequences of the actor, imagined from one state."""
     action_size = actor.head.out.weight.shape[1] // 2
     if count == 0:
         return jnp.zeros((0, horizon + 1, action_size))
@@ -143,12 +150,13 @@ def actor_proposals(
     rssm = model.rssm
     noise = jax.random.normal(key_noise, (horizon + 1, count, action_size))
     gumbel = jax.random.gumbel(key_state, (horizon + 1, count, rssm.stoch, rssm.classes))
-    start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), latent)
+    first = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start.latent)
+    read = features.at(model, start)
 
     def step(state: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, Array]:
         noise_t, gumbel_t = inputs
-        action = jnp.clip(actor(state.feat).sample_with(noise_t), -1.0, 1.0)
+        action = jnp.clip(actor(read(state)).sample_with(noise_t), -1.0, 1.0)
         return rssm.img_step(state, action, gumbel_t), action
 
-    _, actions = jax.lax.scan(step, start, (noise, gumbel))
+    _, actions = jax.lax.scan(step, first, (noise, gumbel))
     return actions.swapaxes(0, 1)

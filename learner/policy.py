@@ -13,7 +13,7 @@ from common.config import BehaviorConfig, PlannerConfig
 from common.types import VECTOR, Policy
 from learner import planner
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import CostModel, Start
+from learner.cost_model import LATENT, CostModel, Features, Start
 from learner.rssm import Latent
 from learner.world_model import WorldModel
 
@@ -69,11 +69,11 @@ def make_policy(choose: Choose, deter: int, stoch: int, classes: int, action_siz
     return Policy(init, act)
 
 
-def actor_choice(*, explore: bool) -> Choose:
+def actor_choice(*, explore: bool, features: Features = LATENT) -> Choose:
     """The actor's sample (training) or mean (evaluation)."""
 
     def choose(params: ActingParams, start: Start, plan: Array, key: PRNGKeyArray) -> tuple:
-        policy = params.actor(start.latent.feat)
+        policy = params.actor(features.at(params.model, start)(start.latent))
         if not explore:
             return policy.mean, plan, {}
         return policy.sample_with(jax.random.normal(key, policy.mean.shape)), plan, {}
@@ -82,7 +82,11 @@ def actor_choice(*, explore: bool) -> Choose:
 
 
 def planner_choice(
-    cost_model: CostModel, cfg: PlannerConfig, behavior: BehaviorConfig, cost_limit: float
+    cost_model: CostModel,
+    cfg: PlannerConfig,
+    behavior: BehaviorConfig,
+    cost_limit: float,
+    features: Features = LATENT,
 ) -> Choose:
     """The constrained planner, vmapped over environments; the action is the plan's first row."""
     proposals = int(cfg.mixture_coef * cfg.samples)
@@ -90,9 +94,9 @@ def planner_choice(
     def plan_one(params: ActingParams, start: Start, previous: Array, key: PRNGKeyArray) -> planner.Plan:
         assert params.critic is not None
         key_actor, key_plan = jax.random.split(key)
-        score = planner.model_score(params.model, params.critic, cost_model, start, cfg, behavior)
+        score = planner.model_score(params.model, params.critic, cost_model, start, cfg, behavior, features)
         sequences = planner.actor_proposals(
-            params.model, params.actor, start.latent, proposals, cfg.horizon, key_actor
+            params.model, params.actor, start, proposals, cfg.horizon, key_actor, features
         )
         return planner.plan(score, planner.shift(previous), sequences, key_plan, cfg, cost_limit)
 

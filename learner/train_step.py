@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from common.config import BehaviorConfig, Config
 from common.types import VECTOR, Batch, EnvSpec
 from learner.actor_critic import Actor, Critic, Outcome, Signal, critic_loss, evaluate, imagine
-from learner.cost_model import CostModel, Start
+from learner.cost_model import LATENT, CostModel, Features, Start
 from learner.lagrange import Constraint
 from learner.policy import ActingParams
 from learner.returns import Moments
@@ -54,11 +54,13 @@ class TrainStep:
     constraint: Constraint
     cost_model: CostModel | None  # None: the method knows no cost
     learn_cost: bool
+    features: Features = LATENT
 
     def init(self, seed: int) -> TrainState:
         cfg = self.cfg
         key, key_model, key_actor, key_critic, key_cost = jax.random.split(jax.random.PRNGKey(seed), 5)
         feat = cfg.world_model.deter + cfg.world_model.stoch * cfg.world_model.classes
+        feat += self.features.extra
         model = WorldModel(key_model, self.spec, cfg.world_model, learn_cost=self.learn_cost)
         actor = Actor(key_actor, feat, self.spec.action_size, cfg.behavior)
         critic = Critic(key_critic, feat, cfg.behavior, cfg.world_model)
@@ -101,7 +103,7 @@ class TrainStep:
         actor, actor_opt, norm = optimizers.actor.update(state.actor, grads, state.actor_opt)
         metrics |= {"loss/actor": actor_loss, "grad/actor": norm} | more
 
-        feat = outcome.imagined.latents.feat[:-1]
+        feat = outcome.imagined.feat[:-1]
         rate = jnp.where(state.updates == 0, 1.0, self.cfg.behavior.slow_rate)
 
         def train_critic(critic: Critic, opt_state: Any, signal: Signal, name: str) -> tuple[Critic, Any]:
@@ -152,7 +154,15 @@ class TrainStep:
     ) -> tuple[Array, tuple[Outcome, Moments, Moments, Array, Metrics]]:
         """-(advantage + entropy bonus) under the constraint, mean over imagined states (ALGORITHM: 2, 3)."""
         cfg = self.cfg.behavior
-        imagined = imagine(model.rssm, actor, start.latent, cfg.horizon, key, self.spec.action_size)
+        imagined = imagine(
+            model.rssm,
+            actor,
+            start.latent,
+            cfg.horizon,
+            key,
+            self.spec.action_size,
+            self.features.at(model, start),
+        )
         outcome = evaluate(
             imagined, start, cont, model, state.critic, state.cost_critic, self.cost_model or _no_cost, cfg
         )

@@ -52,8 +52,8 @@ def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed):
 
 
 def test_the_augmented_agent_keeps_the_limit(tmp_path):
-    augmented = {"multiplier": 0.1, "penalty": 0.02, "growth": 1e-3, "cap": 2.0}
-    safety = {"constraint": "augmented", "cost_limit": 0.3, "augmented": augmented}
+    augmented = {"multiplier": 0.0, "penalty": 2e-3, "growth": 0.0, "cap": 1.0}
+    safety = {"constraint": "augmented", "cost_limit": 0.5, "augmented": augmented}
     _, outcome = run_of(tmp_path, safety=safety)
     assert outcome.summary["eval/cost"] < COST_LIMIT
     assert outcome.summary["eval/return"] > GOOD_RETURN
@@ -63,3 +63,150 @@ def test_without_a_constraint_the_limit_is_violated(tmp_path):
     _, outcome = run_of(tmp_path, env_steps=6_000, **UNCONSTRAINED)
     assert outcome.summary["eval/cost"] > 3 * COST_LIMIT
     assert outcome.summary["eval/return"] > GOOD_RETURN
+
+
+def test_a_resumed_run_continues_its_curve_and_its_replay(tmp_path):
+    logging = {"every_seconds": 0.2}
+    evaluation = {"every": 1_500, "episodes": 2, "final_episodes": 2}
+    first_part = synthetic.config(env_steps=4_000, logging=logging, evaluation=evaluation)
+    run = runs.create(tmp_path / "run", first_part)
+    first = train(first_part, run, resume=False).counters
+    rows = read_jsonl(run / METRICS)
+
+    cfg = synthetic.config(env_steps=5_000, logging=logging, evaluation=evaluation)
+    second = train(cfg, run, resume=True).counters
+    assert 5_000 <= second.env_steps <= 5_000 + 16 * 2
+    assert runs.read_config(run) == cfg
+
+    continued = read_jsonl(run / METRICS)
+    assert continued[: len(rows)] == rows
+    new = [row["env_steps"] for row in continued[len(rows) :] if "eval/return" not in row]
+    assert new == sorted(new)
+    assert first.env_steps <= new[0]
+    at = [row["env_steps"] for row in evaluations(run)]
+    assert at == sorted(set(at))  # none twice, also not the one at the seam
+    episodes = [row["env_steps"] for row in read_jsonl(run / EPISODES)]
+    assert episodes == sorted(episodes)
+    walls = [row["wall_seconds"] for row in continued]
+    assert walls == sorted(walls)
+
+    # 500 more agent steps are less than the prefill: only a restored buffer lets learning go on.
+    replayed = second.replayed_steps - first.replayed_steps
+    collected = second.agent_steps - first.agent_steps
+    assert collected < cfg.learner.prefill
+    assert second.updates > first.updates
+    assert replayed == pytest.approx(16 * collected, rel=0.4)
+    assert second.train_ratio(800) == pytest.approx(16, rel=0.1)
+    newest = checkpoint.latest(run / runs.CHECKPOINTS)
+    assert newest is not None
+    assert checkpoint.read_meta(newest)["updates"] == second.updates
+
+
+def test_a_broken_environment_is_replaced_and_nothing_else_stops(tmp_path, monkeypatch):
+    broken = threading.Event()
+    step = synthetic.LineEnv.step
+
+    def breaking(env: synthetic.LineEnv, actions: Any) -> Any:
+        if env._seeds is None and env._length.max() > 30 and not broken.is_set():
+            broken.set()
+            raise RuntimeError("the simulator diverged")
+        return step(env, actions)
+
+    monkeypatch.setattr(synthetic.LineEnv, "step", breaking)
+    run, outcome = run_of(tmp_path, env_steps=4_000, evaluation={"every": 0}, actors={"count": 2, "envs": 8})
+    assert broken.is_set()
+    assert outcome.counters.restarts == 1
+    assert outcome.counters.env_steps >= 4_000
+    assert outcome.counters.updates > 0
+    sources = {row["source"].partition("/")[0] for row in read_jsonl(run / EPISODES)}
+    assert sources == {"actor0", "actor1"}
+
+
+def test_sigint_saves_and_the_run_can_go_on(tmp_path):
+    cfg = synthetic.config(env_steps=10**6, evaluation={"every": 0})
+    run = runs.create(tmp_path / "run", cfg)
+
+    def interrupt_when_learning() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if any(row.get("train/updates", 0) > 10 for row in read_jsonl(run / METRICS)):
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_when_learning, daemon=True).start()
+    outcome = train(cfg, run, resume=False)
+    assert outcome.signal == signal.SIGINT
+    assert outcome.summary is None
+    newest = checkpoint.latest(run / runs.CHECKPOINTS)
+    assert newest is not None
+    meta = checkpoint.read_meta(newest)
+    assert meta["env_steps"] == outcome.counters.env_steps
+    assert meta["updates"] == outcome.counters.updates > 10
+    assert (run / runs.PLOT).is_file()
+
+
+def test_a_replay_buffer_of_another_definition_is_refused(tmp_path):
+    """Whoever edits a run's configuration by hand hears of it before anything starts."""
+    run, _ = run_of(tmp_path, env_steps=2_500, evaluation={"every": 0, "final_episodes": 1})
+    other = synthetic.config(env_steps=5_000, replay={"capacity": 10_000})
+    with pytest.raises(UserError, match=r"another max_size .*keep replay\.capacity as it was"):
+        train(other, run, resume=True)
+
+
+# --- the threads --------------------------------------------------------------------------------
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.thread = threading.current_thread().name
+        self.log: list[str] = []
+        self._stopped = threading.Event()
+
+    def work(self, seconds: float) -> str:
+        assert threading.current_thread().name == self.thread
+        self._stopped.wait(seconds)
+        self.log.append("work")
+        return "done"
+
+    def fail(self) -> None:
+        raise UserError("no such thing")
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def close(self) -> None:
+        self.log.append("close")
+
+
+def test_a_thread_proxy_makes_its_object_and_calls_it_in_one_thread_in_order():
+    proxy = ThreadProxy("part", Worker)
+    first, second = proxy.call("work", 0.05), proxy.call("work", 0.0)
+    assert second.result(5) == "done"
+    assert first.done()
+    with pytest.raises(UserError, match="no such thing"):
+        proxy.call("fail").result(5)
+    assert proxy.call("work", 0.0).result(5) == "done"  # an error ends nothing
+    proxy.close()
+
+
+def test_closing_a_thread_proxy_cuts_a_long_call_short_and_closes_after_it():
+    worker = Worker.__new__(Worker)
+    proxy = ThreadProxy("part", lambda: worker.__init__() or worker)
+    call = proxy.call("work", 60.0)
+    started = time.monotonic()
+    proxy.close()
+    assert time.monotonic() - started < 5
+    assert call.result(0) == "done"
+    assert worker.log == ["work", "close"]
+
+
+def test_an_object_that_cannot_be_made_fails_every_call_and_closes_well():
+    def make() -> None:
+        raise UserError("the port is taken")
+
+    proxy = ThreadProxy("part", make)
+    for _ in range(2):
+        with pytest.raises(UserError, match="the port is taken"):
+            proxy.call("work").result(5)
+    proxy.close()

@@ -63,6 +63,16 @@ def test_imagination_follows_the_actor_step_by_step(rssm: RSSM, actor: Actor, st
     np.testing.assert_allclose(imagined.latents.deter[HORIZON], latent.deter, atol=1e-5)
 
 
+def test_actor_and_critics_read_what_they_are_shown(rssm: RSSM, start: Latent) -> None:
+    actor = filled(lambda: Actor(KEY, 8, 2, BEHAVIOR))
+
+    def roll(actor: Actor, start: Latent) -> Imagined:
+        return imagine(rssm, actor, start, HORIZON, KEY, 2, read=lambda latent: 2 * latent.deter)
+
+    imagined = jax.jit(roll)(actor, start)
+    np.testing.assert_allclose(imagined.feat, 2 * imagined.latents.deter, rtol=1e-6)
+
+
 def test_gradient_reaches_the_actor_through_the_model(rssm: RSSM, actor: Actor, start: Latent) -> None:
     # One step ahead, `deter` is a smooth function of the action as long as that is within bounds (a narrow
     # distribution sees to it): backpropagation must equal differences.
@@ -108,7 +118,8 @@ def imagined(start: Latent) -> Imagined:
     rng = np.random.default_rng(4)
     deter = rng.normal(size=(HORIZON + 1, STATES, 8)).astype(np.float32)
     stoch = np.broadcast_to(start.stoch, (HORIZON + 1, *start.stoch.shape))
-    return Imagined(Latent(jnp.array(deter), jnp.array(stoch)), jnp.zeros((HORIZON, STATES)))
+    latents = Latent(jnp.array(deter), jnp.array(stoch))
+    return Imagined(latents, latents.feat, jnp.zeros((HORIZON, STATES)))
 
 
 def test_reward_and_cost_share_one_return(imagined: Imagined, critic: Critic) -> None:
@@ -130,7 +141,7 @@ def test_reward_and_cost_share_one_return(imagined: Imagined, critic: Critic) ->
         BEHAVIOR,
     )
     assert outcome.cost is not None
-    feat = imagined.latents.feat
+    feat = imagined.feat
     for signal, predicted, judge in ((outcome.reward, reward, critic), (outcome.cost, cost, cost_critic)):
         value = np.asarray(judge.value(feat).mean)
         np.testing.assert_allclose(signal.value, value, rtol=1e-5)
@@ -155,7 +166,7 @@ def test_a_method_without_costs_has_no_cost_signal(imagined: Imagined, critic: C
 
 
 def test_critic_loss_by_hand(imagined: Imagined, critic: Critic) -> None:
-    feat = imagined.latents.feat[:-1]
+    feat = imagined.feat[:-1]
     target = jnp.linspace(-3, 5, HORIZON * STATES).reshape(HORIZON, STATES)
     weight = jnp.linspace(0, 1, HORIZON * STATES).reshape(HORIZON, STATES)
 

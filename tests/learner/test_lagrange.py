@@ -11,6 +11,7 @@ from common.config import AugmentedConfig, PidConfig
 from learner.actor_critic import Imagined, Outcome, Signal
 from learner.lagrange import (
     AugmentedState,
+    Constraint,
     PidState,
     augmented,
     augmented_penalty,
@@ -24,9 +25,14 @@ H, N = 3, 2
 COSTS = np.array([[1.0, 3.0], [2.0, 1.0], [0.0, 5.0]], np.float32)  # [H, N]
 
 
+# An average that is the episode's cost itself makes the terms easy to follow by hand.
+PID = PidConfig(kp=0.1, ki=0.01, kd=0.01, cap=10.0, init=0.001, warmup_env_steps=100, cost_decay=0.0)
+
+
 def outcome(cost: np.ndarray | None = COSTS) -> Outcome:
     zeros = jnp.zeros((H, N))
-    imagined = Imagined(Latent(jnp.zeros((H + 1, N, 1)), jnp.zeros((H + 1, N, 1, 1))), zeros)
+    latents = Latent(jnp.zeros((H + 1, N, 1)), jnp.zeros((H + 1, N, 1, 1)))
+    imagined = Imagined(latents, latents.feat, zeros)
     signal = None if cost is None else Signal(jnp.array(cost), jnp.zeros((H + 1, N)))
     weight = jnp.array([[1.0, 1.0], [0.9, 0.0], [0.8, 0.0]])
     return Outcome(imagined, Signal(zeros, jnp.zeros((H + 1, N))), signal, weight)
@@ -95,6 +101,17 @@ def test_augmented_violation_by_hand(pessimistic: bool, violation: float) -> Non
     assert constraint.on_episode(moved, jnp.array(99.0), jnp.array(10**6)) is moved
 
 
+@pytest.mark.parametrize("constraint", [unconstrained(), augmented(AugmentedConfig(), 2.0), pid(PID, 2.0)])
+def test_updates_keep_the_shapes_of_the_state(constraint: Constraint) -> None:
+    start = constraint.init()
+    after_batch = constraint.on_batch(start, jnp.array(1.0))
+    after_episode = constraint.on_episode(after_batch, jnp.array(3.0), jnp.array(1000))
+    for after in (after_batch, after_episode):
+        assert jax.tree.structure(after) == jax.tree.structure(start)
+        for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(start), strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
 def test_a_constraint_needs_costs() -> None:
     for constraint in (augmented(AugmentedConfig(), 2.0), pid(PidConfig(), 2.0)):
         with pytest.raises(TypeError, match="needs imagined costs"):
@@ -102,9 +119,6 @@ def test_a_constraint_needs_costs() -> None:
 
 
 # --- PID ----------------------------------------------------------------------------------------
-
-# An average that is the episode's cost itself makes the terms easy to follow by hand.
-PID = PidConfig(kp=0.1, ki=0.01, kd=0.01, cap=10.0, init=0.001, warmup_env_steps=100, cost_decay=0.0)
 
 
 def run(cfg: PidConfig, costs: list[float], limit: float = 2.0, env_steps: int = 1000) -> list[PidState]:

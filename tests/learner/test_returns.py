@@ -42,17 +42,17 @@ def test_lambda_return_is_the_mixture_of_n_step_returns(
             product *= discount[t]
         n_step.append(total + product * value[n - 1])
     weights = [(1 - lambda_) * lambda_ ** (n - 1) for n in range(1, horizon)] + [lambda_ ** (horizon - 1)]
-    arrays = [np.array(x, np.float32) for x in (reward, value, discount)]
-    ours = compute(arrays[0], arrays[1], arrays[2], np.float32(lambda_))
+    rewards, values, discounts = (jnp.array(x) for x in (reward, value, discount))
+    ours = compute(rewards, values, discounts, lambda_)
     assert float(ours[0]) == pytest.approx(np.dot(weights, n_step), rel=1e-4, abs=1e-4)
 
 
 def test_returns_of_a_batch_do_not_mix() -> None:
     rng = np.random.default_rng(0)
-    reward, value, discount = rng.uniform(0, 1, (3, 4, 2)).astype(np.float32)
-    both = lambda_return(jnp.array(reward), jnp.array(value), jnp.array(discount), 0.95)
+    reward, value, discount = jnp.array(rng.uniform(0, 1, (3, 4, 2)), jnp.float32)
+    both = lambda_return(reward, value, discount, 0.95)
     for n in range(2):
-        alone = lambda_return(*(jnp.array(x[:, n]) for x in (reward, value, discount)), 0.95)
+        alone = lambda_return(reward[:, n], value[:, n], discount[:, n], 0.95)
         np.testing.assert_allclose(both[:, n], alone, rtol=1e-6)
 
 

@@ -53,11 +53,13 @@ def batch(seed: int = 0, size: int = 2, length: int = 4) -> dict[str, np.ndarray
     is_first[0, 2] = True
     is_terminal = np.zeros(shape, bool)
     is_terminal[0, 1] = True
+    cost = rng.choice([0.0, 0.5, 1.0, 3.0], shape).astype(np.float32)
+    cost[0, :2] = 0.5, 1.0
     return {
         "vector": rng.normal(0, 2, (*shape, 6)).astype(np.float32),
         "action": rng.uniform(-1, 1, (*shape, 2)).astype(np.float32),
         "reward": rng.normal(0, 1, shape).astype(np.float32),
-        "cost": rng.choice([0.0, 0.5, 1.0, 3.0], shape).astype(np.float32),
+        "cost": cost,
         "is_first": is_first,
         "is_last": is_terminal.copy(),
         "is_terminal": is_terminal,

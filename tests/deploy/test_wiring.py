@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any, get_args, get_type_hints
+
+import jax
+import numpy as np
+import pytest
+
+from actors.evaluate import evaluation_seeds
+from common.config import Config, SafetyConfig, load, merge, presets
+from common.types import UserError
+from deploy import wiring
+from tests.synthetic import LineEnv, line_spec
+
+GOAL, VELOCITY = "SafetyPointGoal1-v0", "SafetyHopperVelocity-v1"
+
+
+def test_every_name_of_the_configuration_is_wired():
+    safety, config = get_type_hints(SafetyConfig), get_type_hints(Config)
+    assert set(wiring.CONSTRAINTS) == set(get_args(safety["constraint"]))
+    assert set(wiring.COST_MODELS) == set(get_args(safety["cost_model"]))
+    assert set(wiring.POLICIES) == set(get_args(config["policy"]))
+
+
+@pytest.mark.parametrize("method", presets("method"))
+@pytest.mark.parametrize("size", presets("size"))
+def test_every_method_trains_and_acts_on_its_parameters(method, size):
+    """In shapes only: what is broadcast fits the policy, whoever acts."""
+    cfg = load(method, size, GOAL)
+    spec = wiring.spec_of(cfg)
+    train = wiring.train_step(cfg, spec)
+    params = jax.eval_shape(lambda: train.acting(train.init(0)))
+    for explore in (True, False):
+        policy = wiring.policy(cfg, spec, explore=explore)
+        obs = {name: np.zeros((3, *array.shape), array.dtype) for name, array in spec.obs.items()}
+        carry = policy.init(3)
+        after, actions, stats = jax.eval_shape(
+            policy.act, params, carry, obs, np.ones(3, bool), jax.random.PRNGKey(0)
+        )
+        assert (actions.shape, actions.dtype) == ((3, spec.action_size), np.float32)
+        assert all(value.shape == () for value in jax.tree.leaves(stats))
+        assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, carry)
+
+
+@pytest.mark.parametrize("method", sorted(set(presets("method")) - {"osrp_vector"}))
+def test_methods_that_learn_costs_work_without_coordinates(method):
+    cfg = load(method, "nano", VELOCITY)
+    spec = wiring.spec_of(cfg)
+    assert (spec.task, spec.action_repeat, dict(spec.slices)) == (VELOCITY, 2, {})
+    jax.eval_shape(wiring.train_step(cfg, spec).init, 0)
+
+
+@pytest.mark.parametrize("cost_model", ["geometric", "anchored"])
+def test_hazards_must_be_observed_to_be_counted(cost_model):
+    cfg = merge(load("dreamerv3", "nano", "SafetyPointGoal0-v0"), {"safety": {"cost_model": cost_model}}, "test")
+    with pytest.raises(UserError, match="SafetyPointGoal0-v0 observes no hazards.*cost_model learned"):
+        wiring.train_step(cfg, wiring.spec_of(cfg))
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Seeds of the training environments that are built."""
+    seeds: list[int] = []
+
+    class Capturing(LineEnv):
+        def __init__(self, task: str, observation: str, action_repeat: int, num_envs: int, seed: int):
+            super().__init__(task, observation, action_repeat, num_envs, seed)
+            seeds.append(seed)
+
+    monkeypatch.setattr(wiring, "env_spec", line_spec)
+    monkeypatch.setattr(wiring, "SafetyVectorEnv", Capturing)
+    return seeds
+
+
+def test_every_actor_and_every_life_of_it_sees_layouts_of_its_own(captured):
+    lives = list(itertools.product((0, 1), (0, 1, 2), (0, 1, 5_000)))
+    for seed, actor, life in lives:
+        cfg = merge(load("bsrp_lag"), {"seed": seed}, "test")
+        options: dict[str, Any] = {"actor": actor, "life": life, "prefill": 0}
+        rollout = wiring.rollout(cfg, wiring.spec_of(cfg), source=None, writers=[], **options)  # pyright: ignore
+        rollout.close()
+    assert len(set(captured)) == len(lives)
+    again = load("bsrp_lag")
+    wiring.rollout(again, wiring.spec_of(again), None, [], actor=0, life=0, prefill=0)  # pyright: ignore
+    assert captured[-1] == captured[0]  # reproducible
+
+
+def test_evaluation_plays_the_held_out_layouts(captured):
+    cfg = load()
+    env = wiring.evaluation_env(cfg, seed=3, episodes=4)
+    assert env.num_envs == 4
+    assert env._seeds == evaluation_seeds(3, 4)  # pyright: ignore[reportAttributeAccessIssue]
+    assert not captured
