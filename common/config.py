@@ -82,6 +82,8 @@ class WorldModelConfig:
     """Weight of the vector reconstruction loss."""
     geometry_loss_scale: float = 1.0
     """Weight of positions (goal, hazards, robot) within the vector loss (published: 1)."""
+    motion_loss_scale: float = 1.0
+    """Weight of the predicted motion of the robot (cost model tracked)."""
     decoder_space: Literal["raw", "symlog"] = "raw"
     """Space in which the vector decoder predicts (published: raw)."""
     cost_weight: float = 10.0
@@ -166,7 +168,7 @@ class PidConfig:
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    cost_model: Literal["none", "learned", "geometric", "anchored"] = "learned"
+    cost_model: Literal["none", "learned", "geometric", "tracked"] = "learned"
     """Where imagined costs come from: no cost at all, a learned head, decoded hazards (OSRP-Vector), or
     hazards as observed where imagination starts and the robot's predicted displacement."""
     constraint: Literal["none", "augmented", "pid"] = "none"
@@ -174,7 +176,7 @@ class SafetyConfig:
     cost_limit: float = 2.0
     """Limit b on the cost (per imagined return, plan or episode: see the method)."""
     hazard_radius: float = 0.25
-    """Geometric and anchored cost: a hazard nearer than this (m) costs 1."""
+    """Geometric and tracked cost: a hazard nearer than this (m) costs 1."""
     augmented: AugmentedConfig = field(default_factory=AugmentedConfig)
     pid: PidConfig = field(default_factory=PidConfig)
 
@@ -485,7 +487,7 @@ def _problems(config: Config) -> Iterable[str]:
         yield "policy planner needs costs: set safety.cost_model to learned or geometric"
     if config.policy == "planner" and safety.constraint != "none":
         yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit"
-    if safety.cost_model in ("geometric", "anchored") and config.env.observation != "coordinates":
+    if safety.cost_model in ("geometric", "tracked") and config.env.observation != "coordinates":
         yield (
             f"safety.cost_model {safety.cost_model} reads hazard positions: {config.task} must be observed "
             "with env.observation coordinates (Goal tasks), or use a method that learns costs (osrp)"

@@ -7,6 +7,7 @@ file in configs/methods that picks from them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from actors.evaluate import evaluation_seeds
 from actors.rollout import Rollout
@@ -16,13 +17,15 @@ from common.config import Config, SafetyConfig
 from common.types import EnvSpec, ParamSource, Policy, UserError, Writer
 from learner.cost_model import (
     LATENT,
-    Anchor,
     CostModel,
     Features,
-    anchored_hazards,
+    Look,
     decoded_hazards,
     learned_cost,
+    look_at,
+    look_away,
     nearest_hazards,
+    tracked_hazards,
 )
 from learner.lagrange import Constraint, augmented, pid, unconstrained
 from learner.policy import Choose, actor_choice, make_policy, planner_choice
@@ -40,10 +43,6 @@ def _geometric(safety: SafetyConfig, spec: EnvSpec) -> CostModel:
     return decoded_hazards(hazards, safety.hazard_radius)
 
 
-def _anchor(spec: EnvSpec) -> Anchor:
-    return Anchor(*_slices(spec, "hazards", "rotation", "position"))
-
-
 def _slices(spec: EnvSpec, *names: str) -> list[tuple[int, int]]:
     for name in names:
         if name not in spec.slices:
@@ -58,27 +57,40 @@ COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], CostModel | None]] = {
     "none": lambda safety, spec: None,
     "learned": lambda safety, spec: learned_cost,
     "geometric": _geometric,
-    "anchored": lambda safety, spec: anchored_hazards(_anchor(spec), safety.hazard_radius),
-}
-
-# What actor and critics read besides the latent; where not listed, nothing.
-FEATURES: dict[str, Callable[[EnvSpec], Features]] = {
-    "anchored": lambda spec: nearest_hazards(_anchor(spec)),
+    "tracked": lambda safety, spec: tracked_hazards(safety.hazard_radius),
 }
 
 
-def _features(cfg: Config, spec: EnvSpec) -> Features:
-    return FEATURES.get(cfg.safety.cost_model, lambda spec: LATENT)(spec)
+class Tracking(NamedTuple):
+    """What a cost model lets actor and critics see besides the latent."""
+
+    features: Features
+    look: Look
+
+
+def _track_hazards(spec: EnvSpec) -> Tracking:
+    hazards, _, _ = _slices(spec, "hazards", "position", "rotation")
+    return Tracking(nearest_hazards((hazards[1] - hazards[0]) // 2), look_at(hazards))
+
+
+TRACKING: dict[str, Callable[[EnvSpec], Tracking]] = {"tracked": _track_hazards}
+
+
+def _tracking(cfg: Config, spec: EnvSpec) -> Tracking:
+    nothing = lambda spec: Tracking(LATENT, look_away)  # noqa: E731
+    return TRACKING.get(cfg.safety.cost_model, nothing)(spec)
 
 
 def _planner(cfg: Config, spec: EnvSpec, explore: bool) -> Choose:
     cost_model = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec)
     assert cost_model is not None  # refused by config.check
-    return planner_choice(cost_model, cfg.planner, cfg.behavior, cfg.safety.cost_limit, _features(cfg, spec))
+    return planner_choice(
+        cost_model, cfg.planner, cfg.behavior, cfg.safety.cost_limit, _tracking(cfg, spec).features
+    )
 
 
 POLICIES: dict[str, Callable[[Config, EnvSpec, bool], Choose]] = {
-    "actor": lambda cfg, spec, explore: actor_choice(explore=explore, features=_features(cfg, spec)),
+    "actor": lambda cfg, spec, explore: actor_choice(explore=explore, features=_tracking(cfg, spec).features),
     "planner": _planner,
 }
 
@@ -96,7 +108,8 @@ def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
         constraint=CONSTRAINTS[cfg.safety.constraint](cfg.safety),
         cost_model=COST_MODELS[cfg.safety.cost_model](cfg.safety, spec),
         learn_cost=cfg.safety.cost_model == "learned",
-        features=_features(cfg, spec),
+        features=_tracking(cfg, spec).features,
+        look=_tracking(cfg, spec).look,
     )
 
 
@@ -105,7 +118,9 @@ def policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
     model = cfg.world_model
     choose = POLICIES[cfg.policy](cfg, spec, explore)
     rows = cfg.planner.horizon + 1 if cfg.policy == "planner" else 0
-    return make_policy(choose, model.deter, model.stoch, model.classes, spec.action_size, rows)
+    return make_policy(
+        choose, model.deter, model.stoch, model.classes, spec.action_size, rows, _tracking(cfg, spec).look
+    )
 
 
 def rollout(

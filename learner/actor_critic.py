@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from common.config import BehaviorConfig, WorldModelConfig
-from learner.cost_model import CostModel, Read, Start
+from learner.cost_model import LATENT, CostModel, Features, State, move
 from learner.distributions import BoundedNormal, TwoHot
 from learner.layers import Head
 from learner.returns import lambda_return, trajectory_weight
-from learner.rssm import RSSM, Latent
 from learner.world_model import WorldModel
 
 
@@ -23,6 +22,10 @@ class Actor(eqx.Module):
 
     def __init__(self, key: PRNGKeyArray, feat: int, action_size: int, cfg: BehaviorConfig):
         self.head = Head(key, feat, cfg.units, cfg.layers, 2 * action_size)
+
+    @property
+    def action_size(self) -> int:
+        return self.head.out.weight.shape[1] // 2
 
     def __call__(self, feat: Float[Array, "*n F"]) -> BoundedNormal:
         mean, std = jnp.split(self.head(feat), 2, -1)
@@ -69,48 +72,37 @@ def critic_loss(
     return -(weight * (value.log_prob(target) + value.log_prob(slow))).mean()
 
 
-def feat_of(latent: Latent) -> Float[Array, "*n F"]:
-    """What actor and critics read unless a method shows them more."""
-    return latent.feat
-
-
 class Imagined(NamedTuple):
     """A rollout of the prior under the actor; states 0..H, actions chosen at 0..H-1."""
 
-    latents: Latent  # [H+1, N, ...]
-    feat: Float[Array, "H+1 N F"]  # what actor and critics read
+    states: State  # [H+1, N, ...]
     entropy: Float[Array, "H N"]  # of the actor at states 0..H-1
 
 
 def imagine(
-    rssm: RSSM,
+    model: WorldModel,
     actor: Actor,
-    start: Latent,
+    start: State,
     horizon: int,
     key: PRNGKeyArray,
-    action_size: int,
-    read: Read = feat_of,
+    features: Features = LATENT,
 ) -> Imagined:
-    """Rolls the prior `horizon` steps from N start states; differentiable in the actor's parameters.
-
-    Args:
-        read: what the actor reads at a latent.
-    """
+    """Rolls the prior `horizon` steps from N start states; differentiable in the actor's parameters."""
     key_action, key_state = jax.random.split(key)
-    count = start.deter.shape[0]
-    noise = jax.random.normal(key_action, (horizon, count, action_size))
+    rssm, count = model.rssm, start.latent.deter.shape[0]
+    noise = jax.random.normal(key_action, (horizon, count, actor.action_size))
     gumbel = jax.random.gumbel(key_state, (horizon, count, rssm.stoch, rssm.classes))
 
-    def step(latent: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, tuple[Latent, Array, Array]]:
+    def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, tuple[State, Array]]:
         noise_t, gumbel_t = inputs
-        feat = read(latent)
-        policy = actor(jax.lax.stop_gradient(feat))
-        following = rssm.img_step(latent, policy.sample_with(noise_t), gumbel_t)
-        return following, (following, feat, policy.entropy())
+        policy = actor(jax.lax.stop_gradient(features.read(state)))
+        latent = rssm.img_step(state.latent, policy.sample_with(noise_t), gumbel_t)
+        following = State(latent, move(model, state.hazards, latent))
+        return following, (following, policy.entropy())
 
-    last, (latents, feat, entropy) = jax.lax.scan(step, start, (noise, gumbel))
-    latents = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, latents)
-    return Imagined(latents, jnp.concatenate([feat, read(last)[None]]), entropy)
+    _, (states, entropy) = jax.lax.scan(step, start, (noise, gumbel))
+    states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, states)
+    return Imagined(states, entropy)
 
 
 class Signal(NamedTuple):
@@ -129,7 +121,7 @@ class Signal(NamedTuple):
 class Outcome(NamedTuple):
     """An imagined rollout, valued. `cost` is None for methods without a cost."""
 
-    imagined: Imagined
+    feat: Float[Array, "H+1 N F"]  # what the critics read
     reward: Signal
     cost: Signal | None
     weight: Float[Array, "H N"]
@@ -137,22 +129,22 @@ class Outcome(NamedTuple):
 
 def evaluate(
     imagined: Imagined,
-    start: Start,
     start_cont: Float[Array, " N"],
     model: WorldModel,
     critic: Critic,
     cost_critic: Critic | None,
     cost_model: CostModel,
     cfg: BehaviorConfig,
+    features: Features = LATENT,
 ) -> Outcome:
     """Lambda-returns of reward and cost with the critics' means as values.
 
     Args:
         start_cont: 1 - is_terminal of the start states; later states use the mode of the continue head.
     """
-    latents = imagined.latents
-    feat = imagined.feat
-    cont = jnp.concatenate([start_cont[None], model.cont(latents).mode[1:]])
+    states = imagined.states
+    feat = features.read(states)
+    cont = jnp.concatenate([start_cont[None], model.cont(states.latent).mode[1:]])
     cont = jax.lax.stop_gradient(cont)
     discount = cfg.gamma * cont[1:]
 
@@ -160,6 +152,6 @@ def evaluate(
         value = judge.value(feat).mean
         return Signal(lambda_return(predicted[1:], value[1:], discount, cfg.lambda_), value)
 
-    reward = signal(model.reward(latents).mean, critic)
-    cost = None if cost_critic is None else signal(cost_model(model, start, latents), cost_critic)
-    return Outcome(imagined, reward, cost, trajectory_weight(cont, cfg.gamma)[:-1])
+    reward = signal(model.reward(states.latent).mean, critic)
+    cost = None if cost_critic is None else signal(cost_model(model, states), cost_critic)
+    return Outcome(feat, reward, cost, trajectory_weight(cont, cfg.gamma)[:-1])

@@ -14,9 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from common.config import BehaviorConfig, PlannerConfig
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import LATENT, CostModel, Features, Start
+from learner.cost_model import LATENT, CostModel, Features, State, move
 from learner.returns import lambda_return
-from learner.rssm import Latent
 from learner.world_model import WorldModel
 
 
@@ -104,7 +103,7 @@ def model_score(
     model: WorldModel,
     critic: Critic,
     cost_model: CostModel,
-    start: Start,
+    start: State,
     cfg: PlannerConfig,
     behavior: BehaviorConfig,
     features: Features = LATENT,
@@ -113,20 +112,19 @@ def model_score(
 
     def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:
         count, horizon = candidates.shape[0], cfg.horizon
-        rssm = model.rssm
-        first = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start.latent)
-        gumbel = jax.random.gumbel(key, (horizon, count, rssm.stoch, rssm.classes))
+        gumbel = _gumbel(model, key, horizon, count)
 
-        def step(state: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, Latent]:
-            following = rssm.img_step(state, *inputs)
+        def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, State]:
+            following = _follow(model, state, *inputs)
             return following, following
 
         actions = candidates.swapaxes(0, 1)[:horizon]
-        _, latents = jax.lax.scan(step, first, (actions, gumbel))
-        discount = behavior.gamma * model.cont(latents).mode
-        value = critic.value(features.at(model, start)(latents)).mean
-        return_ = lambda_return(model.reward(latents).mean, value, discount, behavior.lambda_)[0]
-        cost = cost_model(model, start, latents).sum(0)
+        _, states = jax.lax.scan(step, _repeat(start, count), (actions, gumbel))
+        discount = behavior.gamma * model.cont(states.latent).mode
+        value = critic.value(features.read(states)).mean
+        reward = model.reward(states.latent).mean
+        return_ = lambda_return(reward, value, discount, behavior.lambda_)[0]
+        cost = cost_model(model, states).sum(0)
         scale = cfg.cost_scale_length / horizon if cfg.cost_scale_length else 1.0
         return Scores(return_, cost * scale)
 
@@ -136,27 +134,36 @@ def model_score(
 def actor_proposals(
     model: WorldModel,
     actor: Actor,
-    start: Start,
+    start: State,
     count: int,
     horizon: int,
     key: PRNGKeyArray,
     features: Features = LATENT,
 ) -> Float[Array, "M H+1 A"]:
     """Action sequences of the actor, imagined from one state."""
-    action_size = actor.head.out.weight.shape[1] // 2
     if count == 0:
-        return jnp.zeros((0, horizon + 1, action_size))
+        return jnp.zeros((0, horizon + 1, actor.action_size))
     key_noise, key_state = jax.random.split(key)
-    rssm = model.rssm
-    noise = jax.random.normal(key_noise, (horizon + 1, count, action_size))
-    gumbel = jax.random.gumbel(key_state, (horizon + 1, count, rssm.stoch, rssm.classes))
-    first = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start.latent)
-    read = features.at(model, start)
+    noise = jax.random.normal(key_noise, (horizon + 1, count, actor.action_size))
+    gumbel = _gumbel(model, key_state, horizon + 1, count)
 
-    def step(state: Latent, inputs: tuple[Array, Array]) -> tuple[Latent, Array]:
+    def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, Array]:
         noise_t, gumbel_t = inputs
-        action = jnp.clip(actor(read(state)).sample_with(noise_t), -1.0, 1.0)
-        return rssm.img_step(state, action, gumbel_t), action
+        action = jnp.clip(actor(features.read(state)).sample_with(noise_t), -1.0, 1.0)
+        return _follow(model, state, action, gumbel_t), action
 
-    _, actions = jax.lax.scan(step, first, (noise, gumbel))
+    _, actions = jax.lax.scan(step, _repeat(start, count), (noise, gumbel))
     return actions.swapaxes(0, 1)
+
+
+def _follow(model: WorldModel, state: State, action: Array, gumbel: Array) -> State:
+    latent = model.rssm.img_step(state.latent, action, gumbel)
+    return State(latent, move(model, state.hazards, latent))
+
+
+def _repeat(start: State, count: int) -> State:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start)
+
+
+def _gumbel(model: WorldModel, key: PRNGKeyArray, steps: int, count: int) -> Float[Array, "H S stoch K"]:
+    return jax.random.gumbel(key, (steps, count, model.rssm.stoch, model.rssm.classes))

@@ -13,7 +13,7 @@ from common.config import BehaviorConfig, PlannerConfig
 from common.types import VECTOR, Policy
 from learner import planner
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import LATENT, CostModel, Features, Start
+from learner.cost_model import LATENT, CostModel, Features, Look, State, look_away
 from learner.rssm import Latent
 from learner.world_model import WorldModel
 
@@ -34,15 +34,18 @@ class Carry(NamedTuple):
     plan: Float[Array, "k H+1 A"]  # H+1 = 0 where the actor acts
 
 
-# (params, start [k], plan [k], key) -> (actions [k, A], plan [k], stats)
-Choose = Callable[[ActingParams, Start, Array, PRNGKeyArray], tuple[Array, Array, dict]]
+# (params, state [k], plan [k], key) -> (actions [k, A], plan [k], stats)
+Choose = Callable[[ActingParams, State, Array, PRNGKeyArray], tuple[Array, Array, dict]]
 
 
-def make_policy(choose: Choose, deter: int, stoch: int, classes: int, action_size: int, plan: int) -> Policy:
+def make_policy(
+    choose: Choose, deter: int, stoch: int, classes: int, action_size: int, plan: int, look: Look = look_away
+) -> Policy:
     """Wraps a way to choose actions into a policy over observations.
 
     Args:
         plan: rows of the plan in the carry; 0 for none.
+        look: finds the hazards that the method tracks in a state observation.
     """
 
     def init(count: int) -> Carry:
@@ -62,7 +65,7 @@ def make_policy(choose: Choose, deter: int, stoch: int, classes: int, action_siz
         gumbel = jax.random.gumbel(key_state, carry.latent.stoch.shape)
         latent = rssm.obs_step(carry.latent, carry.action, is_first, embed, gumbel)
         previous = jnp.where(is_first[:, None, None], 0.0, carry.plan)
-        action, plan_, stats = choose(params, Start(latent, obs[VECTOR]), previous, key_choice)
+        action, plan_, stats = choose(params, State(latent, look(obs[VECTOR])), previous, key_choice)
         action = jnp.clip(action, -1.0, 1.0)
         return Carry(latent, action, plan_), action, stats
 
@@ -72,8 +75,8 @@ def make_policy(choose: Choose, deter: int, stoch: int, classes: int, action_siz
 def actor_choice(*, explore: bool, features: Features = LATENT) -> Choose:
     """The actor's sample (training) or mean (evaluation)."""
 
-    def choose(params: ActingParams, start: Start, plan: Array, key: PRNGKeyArray) -> tuple:
-        policy = params.actor(features.at(params.model, start)(start.latent))
+    def choose(params: ActingParams, state: State, plan: Array, key: PRNGKeyArray) -> tuple:
+        policy = params.actor(features.read(state))
         if not explore:
             return policy.mean, plan, {}
         return policy.sample_with(jax.random.normal(key, policy.mean.shape)), plan, {}
@@ -91,18 +94,18 @@ def planner_choice(
     """The constrained planner, vmapped over environments; the action is the plan's first row."""
     proposals = int(cfg.mixture_coef * cfg.samples)
 
-    def plan_one(params: ActingParams, start: Start, previous: Array, key: PRNGKeyArray) -> planner.Plan:
+    def plan_one(params: ActingParams, state: State, previous: Array, key: PRNGKeyArray) -> planner.Plan:
         assert params.critic is not None
         key_actor, key_plan = jax.random.split(key)
-        score = planner.model_score(params.model, params.critic, cost_model, start, cfg, behavior, features)
+        score = planner.model_score(params.model, params.critic, cost_model, state, cfg, behavior, features)
         sequences = planner.actor_proposals(
-            params.model, params.actor, start, proposals, cfg.horizon, key_actor, features
+            params.model, params.actor, state, proposals, cfg.horizon, key_actor, features
         )
         return planner.plan(score, planner.shift(previous), sequences, key_plan, cfg, cost_limit)
 
-    def choose(params: ActingParams, start: Start, plan: Array, key: PRNGKeyArray) -> tuple:
+    def choose(params: ActingParams, state: State, plan: Array, key: PRNGKeyArray) -> tuple:
         keys = jax.random.split(key, plan.shape[0])
-        result = jax.vmap(plan_one, in_axes=(None, 0, 0, 0))(params, start, plan, keys)
+        result = jax.vmap(plan_one, in_axes=(None, 0, 0, 0))(params, state, plan, keys)
         stats = {f"plan/{name}": x.mean() for name, x in result.stats.items()}
         return result.mean[:, 0], result.mean, stats
 

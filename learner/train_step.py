@@ -16,11 +16,10 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from common.config import BehaviorConfig, Config
 from common.types import VECTOR, Batch, EnvSpec
 from learner.actor_critic import Actor, Critic, Outcome, Signal, critic_loss, evaluate, imagine
-from learner.cost_model import LATENT, CostModel, Features, Start
+from learner.cost_model import LATENT, CostModel, Features, Look, State, look_away
 from learner.lagrange import Constraint
 from learner.policy import ActingParams
 from learner.returns import Moments
-from learner.rssm import Latent
 from learner.world_model import WorldModel
 
 Metrics = dict[str, Array]
@@ -55,13 +54,20 @@ class TrainStep:
     cost_model: CostModel | None  # None: the method knows no cost
     learn_cost: bool
     features: Features = LATENT
+    look: Look = look_away  # finds the hazards that imagination tracks; motion is learned to do so
 
     def init(self, seed: int) -> TrainState:
         cfg = self.cfg
         key, key_model, key_actor, key_critic, key_cost = jax.random.split(jax.random.PRNGKey(seed), 5)
         feat = cfg.world_model.deter + cfg.world_model.stoch * cfg.world_model.classes
         feat += self.features.extra
-        model = WorldModel(key_model, self.spec, cfg.world_model, learn_cost=self.learn_cost)
+        model = WorldModel(
+            key_model,
+            self.spec,
+            cfg.world_model,
+            learn_cost=self.learn_cost,
+            learn_motion=self.look is not look_away,
+        )
         actor = Actor(key_actor, feat, self.spec.action_size, cfg.behavior)
         critic = Critic(key_critic, feat, cfg.behavior, cfg.world_model)
         cost_critic = None
@@ -96,14 +102,16 @@ class TrainStep:
         model, model_opt, norm = optimizers.model.update(state.model, grads, state.model_opt)
         metrics["grad/model"] = norm
 
-        start, cont = _starts(observed.latents, batch, self.cfg.behavior, key_start)
+        start, cont = _starts(
+            State(observed.latents, self.look(batch[VECTOR])), batch, self.cfg.behavior, key_start
+        )
         (actor_loss, (outcome, moments, cost_moments, violation, more)), grads = jax.value_and_grad(
             self._actor_loss, has_aux=True
         )(state.actor, model, state, start, cont, key_imagine)
         actor, actor_opt, norm = optimizers.actor.update(state.actor, grads, state.actor_opt)
         metrics |= {"loss/actor": actor_loss, "grad/actor": norm} | more
 
-        feat = outcome.imagined.feat[:-1]
+        feat = outcome.feat[:-1]
         rate = jnp.where(state.updates == 0, 1.0, self.cfg.behavior.slow_rate)
 
         def train_critic(critic: Critic, opt_state: Any, signal: Signal, name: str) -> tuple[Critic, Any]:
@@ -148,24 +156,15 @@ class TrainStep:
         actor: Actor,
         model: WorldModel,
         state: TrainState,
-        start: Start,
+        start: State,
         cont: Array,
         key: PRNGKeyArray,
     ) -> tuple[Array, tuple[Outcome, Moments, Moments, Array, Metrics]]:
         """-(advantage + entropy bonus) under the constraint, mean over imagined states (ALGORITHM: 2, 3)."""
         cfg = self.cfg.behavior
-        imagined = imagine(
-            model.rssm,
-            actor,
-            start.latent,
-            cfg.horizon,
-            key,
-            self.spec.action_size,
-            self.features.at(model, start),
-        )
-        outcome = evaluate(
-            imagined, start, cont, model, state.critic, state.cost_critic, self.cost_model or _no_cost, cfg
-        )
+        imagined = imagine(model, actor, start, cfg.horizon, key, self.features)
+        critics = (state.critic, state.cost_critic)
+        outcome = evaluate(imagined, cont, model, *critics, self.cost_model or _no_cost, cfg, self.features)
         moments = _follow(state.moments, outcome.reward, cfg)
         reward = outcome.reward._replace(scale=moments.scale)
         cost_moments = state.cost_moments
@@ -219,12 +218,10 @@ class _Optimizers(NamedTuple):
     critic: _Optimizer  # reward and cost critic each have a state of their own
 
 
-def _starts(latents: Latent, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[Start, Array]:
+def _starts(states: State, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[State, Array]:
     """Imagination starts [N, ...]: every posterior of the batch, or a random part of them."""
     cont = 1.0 - batch["is_terminal"].reshape(-1).astype(jnp.float32)
-    flat = jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x).reshape(-1, *x.shape[2:]), Start(latents, batch[VECTOR])
-    )
+    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(-1, *x.shape[2:]), states)
     if not 0 < cfg.imagine_starts < cont.shape[0]:
         return flat, cont
     chosen = jax.random.permutation(key, cont.shape[0])[: cfg.imagine_starts]
@@ -235,7 +232,7 @@ def _follow(moments: Moments, signal: Signal, cfg: BehaviorConfig) -> Moments:
     return moments.update(jax.lax.stop_gradient(signal.return_), cfg.moments_decay)
 
 
-def _no_cost(model: WorldModel, start: Start, latents: Latent) -> Array:
+def _no_cost(model: WorldModel, state: State) -> Array:
     raise TypeError("the method has no cost model")
 
 

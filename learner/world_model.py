@@ -12,8 +12,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from common.config import WorldModelConfig
 from common.types import VECTOR, Batch, EnvSpec
 from learner.distributions import Bernoulli, OneHot, TwoHot
+from learner.geometry import heading_of, relative_motion
 from learner.layers import MLP, Head, symexp, symlog
 from learner.rssm import RSSM, Latent
+
+_MOTION_UNIT = 0.1  # m and rad: what a robot moves and turns in an agent step, about
 
 # Parts of a coordinate observation that say where things are; the others are the robot's own sensors.
 _GEOMETRY = ("goal", "hazards", "vases", "position", "rotation")
@@ -39,11 +42,21 @@ class WorldModel(eqx.Module):
     reward_head: Head
     cost_head: Head | None
     cont_head: Head
+    motion_head: Head | None
     cfg: WorldModelConfig = eqx.field(static=True)
     geometry: tuple[tuple[int, int], ...] = eqx.field(static=True)  # slices of positions in the vector
+    pose: tuple[tuple[int, int], ...] = eqx.field(static=True)  # slices of the robot's position and rotation
 
-    def __init__(self, key: PRNGKeyArray, spec: EnvSpec, cfg: WorldModelConfig, *, learn_cost: bool):
-        keys = jax.random.split(key, 6)
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        spec: EnvSpec,
+        cfg: WorldModelConfig,
+        *,
+        learn_cost: bool,
+        learn_motion: bool = False,
+    ):
+        keys = jax.random.split(key, 7)
         vector = spec.obs[VECTOR].shape[0]
         feat = cfg.deter + cfg.stoch * cfg.classes
         self.cfg = cfg
@@ -54,6 +67,10 @@ class WorldModel(eqx.Module):
         self.reward_head = Head(keys[3], feat, cfg.units, cfg.head_layers, cfg.bins, outscale=0.0)
         self.cost_head = Head(keys[4], feat, cfg.units, cfg.head_layers, cfg.bins) if learn_cost else None
         self.cont_head = Head(keys[5], feat, cfg.units, cfg.head_layers, 1)
+        self.pose = tuple(spec.slices[name] for name in ("position", "rotation")) if learn_motion else ()
+        self.motion_head = None
+        if learn_motion:
+            self.motion_head = Head(keys[6], cfg.deter, cfg.units, cfg.head_layers + 1, 3)
 
     def encode(self, obs: dict[str, Float[Array, "*n O"]]) -> Float[Array, "*n E"]:
         return self.encoder(symlog(obs[VECTOR]))
@@ -73,6 +90,20 @@ class WorldModel(eqx.Module):
 
     def cont(self, latent: Latent) -> Bernoulli:
         return Bernoulli(self.cont_head(latent.feat)[..., 0])
+
+    def motion(self, latent: Latent) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
+        """How the robot moved into a latent: displacement (m, in its frame before) and heading turned by.
+
+        **Ours.** It reads the deterministic state alone, which has not seen the observation there: a
+        prediction, for real latents as for imagined ones.
+        """
+        numbers = self._motion(latent)
+        return _MOTION_UNIT * numbers[..., :2], heading_of(_MOTION_UNIT * numbers[..., 2])
+
+    def _motion(self, latent: Latent) -> Float[Array, "*n 3"]:
+        if self.motion_head is None:
+            raise TypeError("this world model learns no motion; see SafetyConfig.cost_model tracked")
+        return self.motion_head(latent.deter)
 
     def observe(self, batch: Batch, key: PRNGKeyArray) -> Observed:
         """Filters a batch [B, T, ...] of replayed windows."""
@@ -98,12 +129,22 @@ class WorldModel(eqx.Module):
         if self.cost_head is not None:
             weight = jnp.where(batch["cost"] >= 1.0, cfg.cost_weight, 1.0)
             losses["cost"] = -weight * self.cost(latents).log_prob(batch["cost"])
+        if self.motion_head is not None:
+            losses["motion"] = cfg.motion_loss_scale * self._motion_loss(latents, batch)
         metrics = {f"loss/{name}": x.mean() for name, x in losses.items()}
         metrics["model/kl"] = posterior.kl(prior).mean()
         metrics["model/prior_entropy"] = prior.entropy().mean()
         metrics["model/posterior_entropy"] = posterior.entropy().mean()
         total = sum(x.mean() for x in losses.values())
         return jnp.asarray(total), (observed, metrics)
+
+    def _motion_loss(self, latents: Latent, batch: Batch) -> Float[Array, "B T-1"]:
+        """Squared error in units of 0.1 m and 0.1 rad; nothing to learn across an episode's border."""
+        position, rotation = (batch[VECTOR][..., start:stop] for start, stop in self.pose)
+        displacement, angle = relative_motion(position, rotation)
+        target = jnp.concatenate([displacement, angle[..., None]], -1) / _MOTION_UNIT
+        error = jnp.square(self._motion(latents)[:, 1:] - target).sum(-1)
+        return jnp.where(batch["is_first"][:, 1:], 0.0, error)
 
     def _vector_loss(self, latents: Latent, target: Float[Array, "B T O"]) -> Float[Array, "B T"]:
         prediction = self.decoder(latents.feat)

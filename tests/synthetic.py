@@ -162,7 +162,7 @@ def config(**changes: Any) -> Config:
                 "cost_decay": 0.9,
             },
         },
-        "evaluation": {"every": 4_000, "episodes": 8, "final_episodes": 16},
+        "evaluation": {"every": 4_000, "episodes": 8, "final_episodes": 8},
         "logging": {"every_seconds": 1.0, "tensorboard": False, "live": False},
     }
     return from_dict(_merged(tiny, changes), "tests")
