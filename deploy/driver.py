@@ -268,7 +268,7 @@ class Driver:
         counters, every = self._counters, self._cfg.evaluation.every
         if self._evaluating or every == 0 or counters.env_steps >= self._cfg.env_steps:
             return False  # the final evaluation stands for one that is due at the end
-        return counters.evaluated_at < 0 or counters.env_steps // every > counters.evaluated_at // every
+        return counters.env_steps // every > counters.evaluated_at // every
 
     def _evaluate(self) -> None:
         self._evaluating = True

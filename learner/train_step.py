@@ -221,7 +221,8 @@ class _Optimizers(NamedTuple):
 def _starts(states: State, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[State, Array]:
     """Imagination starts [N, ...]: every posterior of the batch, or a random part of them."""
     cont = 1.0 - batch["is_terminal"].reshape(-1).astype(jnp.float32)
-    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(-1, *x.shape[2:]), states)
+    # Counted out: -1 has no meaning for arrays without elements (hazards that nobody tracks).
+    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(cont.size, *x.shape[2:]), states)
     if not 0 < cfg.imagine_starts < cont.shape[0]:
         return flat, cont
     chosen = jax.random.permutation(key, cont.shape[0])[: cfg.imagine_starts]

@@ -11,7 +11,7 @@ _CACHE = tempfile.mkdtemp(prefix="safedreamer-jax-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-import pytest
+import pytest  # noqa: E402 (after the environment is set)
 
 
 def pytest_unconfigure() -> None:

@@ -91,7 +91,9 @@ def test_it_stops_when_told_to():
 def test_pictures_are_of_the_first_episode_alone():
     env = OnceEnv(3)
     frames: list[tuple[int, float, float]] = []
-    evaluate(env, POLICY, 0.5, seed=0, on_frame=lambda frame, r, c: frames.append((int(frame[0, 0, 0]), r, c)))
+    evaluate(
+        env, POLICY, 0.5, seed=0, on_frame=lambda frame, r, c: frames.append((int(frame[0, 0, 0]), r, c))
+    )
     assert frames == [(0, 0.0, 0.0), (1, pytest.approx(0.5), 1.0)]
     assert env.rendered == [0, 0]
 

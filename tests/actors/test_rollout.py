@@ -21,7 +21,7 @@ SPEC = EnvSpec("Scripted", {"vector": ArraySpec((2,))}, 1, REPEAT, LENGTH * REPE
 
 
 class ScriptedEnv:
-    """Environment i observes [i, steps since the reset]; reward 10 i + t, cost i; first ends are staggered."""
+    """Environment i observes [i, t = steps since the reset]; reward 10 i + t, cost i; staggered ends."""
 
     spec = SPEC
 
@@ -73,7 +73,7 @@ class Source:
         self.versions = versions or {1: 0.0}
         self.newest: int | None = min(self.versions)
 
-    def get(self, have: int) -> tuple[int, np.ndarray] | None:
+    def get(self, have: int) -> tuple[int, Any] | None:
         if self.newest is None or self.newest <= have:
             return None
         return self.newest, np.float32(self.versions[self.newest])

@@ -161,7 +161,9 @@ def test_a_new_run_needs_a_directory_of_its_own(refused, tmp_path, tiny_config):
     run = runs.create(tmp_path / "run", tiny_config())
     before = (run / runs.CONFIG).read_text()
     answer = refused("train", "--run-dir", run)
-    assert answer == f"{run} holds a run already; continue it with --resume {run}, or choose another --run-dir"
+    assert (
+        answer == f"{run} holds a run already; continue it with --resume {run}, or choose another --run-dir"
+    )
     assert (run / runs.CONFIG).read_text() == before
 
 
@@ -243,7 +245,9 @@ def test_list_names_every_method_size_and_task(cli):
 def test_list_into_a_pipe_that_closes():
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-u", "-c", "from deploy.cli import main; main()", "list"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True
+    ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         child.stdout.close()
@@ -263,7 +267,9 @@ def test_print_config_resolves_presets_files_and_flags(cli, tmp_path):
     (tmp_path / "a.yaml").write_text("{method: osrp, seed: 1, env_steps: 1e5}")
     (tmp_path / "b.yaml").write_text("seed: 2")
     flags = ["--config", tmp_path / "a.yaml", tmp_path / "b.yaml", "--learner.batch-size", "4", "--seed", "3"]
-    config = printed(cli("train", *flags, "--wandb", "offline", "--size", "small", "--print-config"), tmp_path)
+    config = printed(
+        cli("train", *flags, "--wandb", "offline", "--size", "small", "--print-config"), tmp_path
+    )
     assert (config.method, config.size, config.seed, config.env_steps) == ("osrp", "small", 3, 100_000)
     assert config.learner.batch_size == 4
     assert config.logging.wandb == "offline"

@@ -353,15 +353,18 @@ def test_the_same_signal_twice_at_once_is_one_wish(workers):
     assert workers.of("learner", "save")
 
 
-def test_a_second_signal_leaves_without_saving(workers, monkeypatch):
+@pytest.mark.parametrize("seconds", [0.0, 0.3])  # before the loop has seen the first, and while it ends
+def test_a_second_signal_leaves_without_saving(workers, monkeypatch, seconds):
     monkeypatch.setattr(driver_module, "_ONE_SIGNAL_SECONDS", 0.0)
-    hanging: Future[Any] = Future()
     me = os.getpid()
 
-    def run(seconds: float, share: int) -> Future[Any]:
+    def run(seconds_: float, share: int) -> Future[Any]:
         os.kill(me, signal.SIGINT)
-        threading.Timer(0.3, os.kill, [me, signal.SIGTERM]).start()
-        return hanging
+        if seconds:
+            threading.Timer(seconds, os.kill, [me, signal.SIGTERM]).start()
+        else:
+            os.kill(me, signal.SIGTERM)
+        return Future()
 
     workers.on["actor0", "run"] = run
     with pytest.raises(Interrupted) as leaving:
@@ -439,7 +442,7 @@ def test_a_finished_run_is_not_resumed(workers):
     drive(workers)
     again = FakeWorkers()
     again.on["learner", "start"] = resumed_from(saved_meta(workers))
-    with pytest.raises(UserError, match="already has 3\\d\\d env steps.*--env-steps"):
+    with pytest.raises(UserError, match=r"already has 3\d\d env steps.*--env-steps"):
         drive(again, resume=True)
     assert not again.launched
 

@@ -40,7 +40,7 @@ def test_an_existing_empty_directory_will_do(tmp_path):
 
 def test_a_directory_without_a_configuration_is_no_run(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="is not a run directory: it has no config.yaml"):
+        with pytest.raises(UserError, match=r"is not a run directory: it has no config\.yaml"):
             runs.read_config(path)
 
 
@@ -87,10 +87,16 @@ def test_a_run_is_finished_when_its_newest_checkpoint_has_all_env_steps(tmp_path
 
 
 def test_only_one_process_trains_in_a_run(tmp_path):
-    code = "import sys; from pathlib import Path; from deploy import run_dir\nwith run_dir.lock(Path(sys.argv[1])): pass"
+    code = (
+        "import sys; from pathlib import Path; from deploy import run_dir\n"
+        "with run_dir.lock(Path(sys.argv[1])): pass"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with runs.lock(tmp_path):
-        with pytest.raises(UserError, match=f"another process trains in {tmp_path} right now"), runs.lock(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"another process trains in {tmp_path} right now"),
+            runs.lock(tmp_path),
+        ):
             pass
         second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert "another process trains" in second.stderr

@@ -9,11 +9,19 @@ import pytest
 
 from actors.evaluate import evaluation_seeds
 from common.config import Config, SafetyConfig, load, merge, presets
-from common.types import UserError
+from common.types import EnvSpec, UserError, replay_spec
 from deploy import wiring
 from tests.synthetic import LineEnv, line_spec
 
 GOAL, VELOCITY = "SafetyPointGoal1-v0", "SafetyHopperVelocity-v1"
+
+
+def batch_of(cfg: Config, spec: EnvSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    lead = (cfg.learner.batch_size, cfg.learner.batch_length)
+    return {
+        name: jax.ShapeDtypeStruct((*lead, *array.shape), array.dtype)
+        for name, array in replay_spec(spec).items()
+    }
 
 
 def test_every_name_of_the_configuration_is_wired():
@@ -26,11 +34,17 @@ def test_every_name_of_the_configuration_is_wired():
 @pytest.mark.parametrize("method", presets("method"))
 @pytest.mark.parametrize("size", presets("size"))
 def test_every_method_trains_and_acts_on_its_parameters(method, size):
-    """In shapes only: what is broadcast fits the policy, whoever acts."""
+    """In shapes only: a step keeps the state as it is, and what is broadcast fits the policy."""
     cfg = load(method, size, GOAL)
     spec = wiring.spec_of(cfg)
     train = wiring.train_step(cfg, spec)
-    params = jax.eval_shape(lambda: train.acting(train.init(0)))
+    state = jax.eval_shape(train.init, 0)
+    after_step, metrics = jax.eval_shape(train.step, state, batch_of(cfg, spec))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after_step) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert all(value.shape == () for value in metrics.values())
+    params = jax.eval_shape(train.acting, state)
     for explore in (True, False):
         policy = wiring.policy(cfg, spec, explore=explore)
         obs = {name: np.zeros((3, *array.shape), array.dtype) for name, array in spec.obs.items()}
@@ -48,13 +62,16 @@ def test_methods_that_learn_costs_work_without_coordinates(method):
     cfg = load(method, "nano", VELOCITY)
     spec = wiring.spec_of(cfg)
     assert (spec.task, spec.action_repeat, dict(spec.slices)) == (VELOCITY, 2, {})
-    jax.eval_shape(wiring.train_step(cfg, spec).init, 0)
+    train = wiring.train_step(cfg, spec)
+    jax.eval_shape(train.step, jax.eval_shape(train.init, 0), batch_of(cfg, spec))
 
 
 @pytest.mark.parametrize("cost_model", ["geometric", "anchored"])
 def test_hazards_must_be_observed_to_be_counted(cost_model):
-    cfg = merge(load("dreamerv3", "nano", "SafetyPointGoal0-v0"), {"safety": {"cost_model": cost_model}}, "test")
-    with pytest.raises(UserError, match="SafetyPointGoal0-v0 observes no hazards.*cost_model learned"):
+    cfg = merge(
+        load("dreamerv3", "nano", "SafetyPointGoal0-v0"), {"safety": {"cost_model": cost_model}}, "test"
+    )
+    with pytest.raises(UserError, match=r"SafetyPointGoal0-v0 observes no hazards.*cost_model learned"):
         wiring.train_step(cfg, wiring.spec_of(cfg))
 
 

@@ -11,17 +11,18 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from learner.actor_critic import Actor, Critic, Imagined, Signal, critic_loss, evaluate, imagine
-from learner.cost_model import Start
-from learner.rssm import RSSM, Latent
-from tests.learner.tiny import BEHAVIOR, FEAT, MODEL, filled
+from learner.cost_model import Features, State, learned_cost, look_away
+from learner.rssm import Latent
+from learner.world_model import WorldModel
+from tests.learner.tiny import BEHAVIOR, FEAT, MODEL, SPEC, filled
 
 KEY = jax.random.PRNGKey(0)
 STATES, HORIZON = 3, BEHAVIOR.horizon
 
 
 @pytest.fixture(scope="module")
-def rssm() -> RSSM:
-    return filled(lambda: RSSM(KEY, MODEL, 2, 5))
+def model() -> WorldModel:
+    return filled(lambda: WorldModel(KEY, SPEC, MODEL, learn_cost=False))
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +36,17 @@ def critic() -> Critic:
 
 
 @pytest.fixture(scope="module")
-def start() -> Latent:
+def start() -> State:
     deter = np.linspace(-1, 1, STATES * 8, dtype=np.float32).reshape(STATES, 8)
-    return Latent(jnp.array(deter), jnp.array(np.eye(3, dtype=np.float32)[[[0, 2], [1, 1], [2, 0]]]))
+    stoch = np.eye(3, dtype=np.float32)[[[0, 2], [1, 1], [2, 0]]]
+    return State(Latent(jnp.array(deter), jnp.array(stoch)), look_away(jnp.zeros((STATES, 6))))
 
 
 # --- imagination --------------------------------------------------------------------------------
 
 
-def test_imagination_follows_the_actor_step_by_step(rssm: RSSM, actor: Actor, start: Latent) -> None:
-    imagined = jax.jit(imagine, static_argnums=(3, 5))(rssm, actor, start, HORIZON, KEY, 2)
+def test_imagination_follows_the_actor_step_by_step(model: WorldModel, actor: Actor, start: State) -> None:
+    imagined = jax.jit(imagine, static_argnums=3)(model, actor, start, HORIZON, KEY)
     key_action, key_state = jax.random.split(KEY)
     noise = jax.random.normal(key_action, (HORIZON, STATES, 2))
     gumbel = jax.random.gumbel(key_state, (HORIZON, STATES, 2, 3))
@@ -52,35 +54,32 @@ def test_imagination_follows_the_actor_step_by_step(rssm: RSSM, actor: Actor, st
     @jax.jit
     def step(latent: Latent, noise: jax.Array, gumbel: jax.Array) -> tuple[Latent, jax.Array]:
         policy = actor(latent.feat)
-        return rssm.img_step(latent, policy.mean + policy.std * noise, gumbel), policy.entropy()
+        return model.rssm.img_step(latent, policy.mean + policy.std * noise, gumbel), policy.entropy()
 
-    latent = start
+    latent, latents = start.latent, imagined.states.latent
     for t in range(HORIZON):
-        np.testing.assert_allclose(imagined.latents.deter[t], latent.deter, atol=1e-5)
-        np.testing.assert_allclose(imagined.latents.stoch[t], latent.stoch, atol=1e-6)
+        np.testing.assert_allclose(latents.deter[t], latent.deter, atol=1e-5)
+        np.testing.assert_allclose(latents.stoch[t], latent.stoch, atol=1e-6)
         latent, entropy = step(latent, noise[t], gumbel[t])
         np.testing.assert_allclose(imagined.entropy[t], entropy, rtol=1e-5)
-    np.testing.assert_allclose(imagined.latents.deter[HORIZON], latent.deter, atol=1e-5)
+    np.testing.assert_allclose(latents.deter[HORIZON], latent.deter, atol=1e-5)
 
 
-def test_actor_and_critics_read_what_they_are_shown(rssm: RSSM, start: Latent) -> None:
+def test_the_actor_reads_the_features(model: WorldModel, start: State) -> None:
     actor = filled(lambda: Actor(KEY, 8, 2, BEHAVIOR))
-
-    def roll(actor: Actor, start: Latent) -> Imagined:
-        return imagine(rssm, actor, start, HORIZON, KEY, 2, read=lambda latent: 2 * latent.deter)
-
-    imagined = jax.jit(roll)(actor, start)
-    np.testing.assert_allclose(imagined.feat, 2 * imagined.latents.deter, rtol=1e-6)
+    features = Features(0, lambda state: 2 * state.latent.deter)
+    imagined = jax.jit(imagine, static_argnums=(3, 5))(model, actor, start, 1, KEY, features)
+    np.testing.assert_allclose(imagined.entropy[0], actor(2 * start.latent.deter).entropy(), rtol=1e-5)
 
 
-def test_gradient_reaches_the_actor_through_the_model(rssm: RSSM, actor: Actor, start: Latent) -> None:
+def test_gradient_reaches_the_actor_through_the_model(model: WorldModel, actor: Actor, start: State) -> None:
     # One step ahead, `deter` is a smooth function of the action as long as that is within bounds (a narrow
     # distribution sees to it): backpropagation must equal differences.
     narrow = jnp.array([0.0, 0.0, -8.0, -8.0])
     actor = eqx.tree_at(lambda a: a.head.out.bias, actor, narrow)
 
     def objective(actor: Actor) -> jax.Array:
-        return imagine(rssm, actor, start, 1, KEY, 2).latents.deter[1].sum()
+        return imagine(model, actor, start, 1, KEY).states.latent.deter[1].sum()
 
     gradient = jax.jit(jax.grad(objective))(actor)
     compute = jax.jit(objective)
@@ -114,12 +113,12 @@ def by_hand(reward: np.ndarray, value: np.ndarray, cont: np.ndarray) -> np.ndarr
 
 
 @pytest.fixture(scope="module")
-def imagined(start: Latent) -> Imagined:
+def imagined(start: State) -> Imagined:
     rng = np.random.default_rng(4)
     deter = rng.normal(size=(HORIZON + 1, STATES, 8)).astype(np.float32)
-    stoch = np.broadcast_to(start.stoch, (HORIZON + 1, *start.stoch.shape))
-    latents = Latent(jnp.array(deter), jnp.array(stoch))
-    return Imagined(latents, latents.feat, jnp.zeros((HORIZON, STATES)))
+    stoch = jnp.broadcast_to(start.latent.stoch, (HORIZON + 1, *start.latent.stoch.shape))
+    states = State(Latent(jnp.array(deter), stoch), jnp.zeros((HORIZON + 1, STATES, 0, 2)))
+    return Imagined(states, jnp.zeros((HORIZON, STATES)))
 
 
 def test_reward_and_cost_share_one_return(imagined: Imagined, critic: Critic) -> None:
@@ -127,23 +126,19 @@ def test_reward_and_cost_share_one_return(imagined: Imagined, critic: Critic) ->
     reward, cost = rng.normal(size=(2, HORIZON + 1, STATES)).astype(np.float32)
     cont = np.ones((HORIZON + 1, STATES), np.float32)
     cont[2, 0] = 0.0
-    start_cont = np.array([1.0, 0.0, 1.0], np.float32)
-    start = Start(jax.tree.map(lambda x: x[0], imagined.latents), jnp.zeros((STATES, 6)))
-    cost_critic = filled(lambda: Critic(KEY, FEAT, BEHAVIOR, MODEL), seed=3)
     outcome = evaluate(
         imagined,
-        start,
-        jnp.array(start_cont),
+        jnp.array([1.0, 0.0, 1.0]),
         fake_model(reward, cont),
         critic,
-        cost_critic,
-        lambda model, start, latents: jnp.array(cost),
+        (cost_critic := filled(lambda: Critic(KEY, FEAT, BEHAVIOR, MODEL), seed=3)),
+        lambda model, state: jnp.array(cost),
         BEHAVIOR,
     )
     assert outcome.cost is not None
-    feat = imagined.feat
+    np.testing.assert_array_equal(outcome.feat, imagined.states.latent.feat)
     for signal, predicted, judge in ((outcome.reward, reward, critic), (outcome.cost, cost, cost_critic)):
-        value = np.asarray(judge.value(feat).mean)
+        value = np.asarray(judge.value(outcome.feat).mean)
         np.testing.assert_allclose(signal.value, value, rtol=1e-5)
         np.testing.assert_allclose(signal.return_, by_hand(predicted, value, cont), rtol=1e-4, atol=1e-5)
     # Weights: what is left of an episode; the first state's continuation is the real one.
@@ -152,21 +147,30 @@ def test_reward_and_cost_share_one_return(imagined: Imagined, critic: Critic) ->
 
 
 def test_a_method_without_costs_has_no_cost_signal(imagined: Imagined, critic: Critic) -> None:
-    def no_cost(model: Any, start: Start, latents: Latent) -> jax.Array:
+    def no_cost(model: Any, state: State) -> jax.Array:
         raise AssertionError("not asked for")
 
     zeros = np.zeros((HORIZON + 1, STATES), np.float32)
-    start = Start(jax.tree.map(lambda x: x[0], imagined.latents), jnp.zeros((STATES, 6)))
-    cont = jnp.ones(STATES)
-    outcome = evaluate(imagined, start, cont, fake_model(zeros, zeros + 1), critic, None, no_cost, BEHAVIOR)
+    model = fake_model(zeros, zeros + 1)
+    outcome = evaluate(imagined, jnp.ones(STATES), model, critic, None, no_cost, BEHAVIOR)
     assert outcome.cost is None
+
+
+def test_critics_read_the_features(imagined: Imagined) -> None:
+    critic = filled(lambda: Critic(KEY, 8, BEHAVIOR, MODEL))
+    zeros = np.zeros((HORIZON + 1, STATES), np.float32)
+    features = Features(0, lambda state: 2 * state.latent.deter)
+    model = fake_model(zeros, zeros + 1)
+    outcome = evaluate(imagined, jnp.ones(STATES), model, critic, None, learned_cost, BEHAVIOR, features)
+    expected = critic.value(2 * imagined.states.latent.deter).mean
+    np.testing.assert_allclose(outcome.reward.value, expected, rtol=1e-5)
 
 
 # --- critic -------------------------------------------------------------------------------------
 
 
 def test_critic_loss_by_hand(imagined: Imagined, critic: Critic) -> None:
-    feat = imagined.feat[:-1]
+    feat = imagined.states.latent.feat[:-1]
     target = jnp.linspace(-3, 5, HORIZON * STATES).reshape(HORIZON, STATES)
     weight = jnp.linspace(0, 1, HORIZON * STATES).reshape(HORIZON, STATES)
 

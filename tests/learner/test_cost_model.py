@@ -9,25 +9,27 @@ import numpy as np
 import pytest
 
 from learner.cost_model import (
-    Anchor,
-    Start,
-    anchored_hazards,
+    LATENT,
+    State,
     count_within,
     decoded_hazards,
     learned_cost,
+    look_at,
+    look_away,
+    move,
     nearest_hazards,
+    tracked_hazards,
 )
+from learner.geometry import heading_of
 from learner.rssm import Latent
 from learner.world_model import WorldModel
 from tests.learner.tiny import MODEL, SPEC, filled
 
-
-def latent_of(vector: Any) -> Latent:
-    """A latent that decodes to the vector, with `ECHO` as the model."""
-    return Latent(jnp.asarray(vector, jnp.float32), jnp.zeros(()))
+QUARTER = np.pi / 2
+NOWHERE = Latent(jnp.zeros(3), jnp.zeros((1, 2)))
 
 
-ECHO: Any = SimpleNamespace(decode=lambda latent: latent.deter)
+# --- counting -----------------------------------------------------------------------------------
 
 
 def test_objects_within_the_radius_are_counted() -> None:
@@ -53,82 +55,85 @@ def test_gradient_is_finite_on_top_of_a_hazard() -> None:
     assert np.isfinite(gradient).all()
 
 
-def test_decoded_hazards_read_their_slice_only() -> None:
-    cost = decoded_hazards((2, 6), 0.25)
-    vector = [[0.0, 0.0, 0.1, 0.0, 5.0, 5.0], [0.0, 0.0, 5.0, 5.0, 5.0, 5.0]]
-    start = Start(latent_of(vector), jnp.zeros((2, 6)))
-    np.testing.assert_array_equal(cost(ECHO, start, latent_of(vector)), [1.0, 0.0])
-
-
-# The robot is turned by 90 degrees at (3, 3); one hazard stands 1 m ahead of it, which is world +y.
-ANCHOR = Anchor(hazards=(2, 4), rotation=(4, 6), position=(0, 2))
-OBSERVED = [3.0, 3.0, 1.0, 0.0, 0.0, -1.0]
-QUARTER, HALF = (0.0, -1.0), (-1.0, 0.0)  # first rows (cos, -sin) of headings of 90 and 180 degrees
-
-
-def decoded(x: float, y: float, row: tuple[float, float]) -> list[float]:
-    """Where the model sees the robot; its own idea of the hazard must not count."""
-    return [x, y, 99.0, 99.0, *row]
-
-
-def anchored_start() -> Start:
-    # The model is 4 m off: only its moves count.
-    return Start(latent_of([decoded(7, 7, QUARTER)]), jnp.array([OBSERVED]))
-
-
-def test_anchored_hazards_turn_into_the_world_frame() -> None:
-    cost = anchored_hazards(ANCHOR, 0.25)
-    # It costs to drive there, and not to where the hazard would lie unturned.
-    path = [[decoded(7, 7, QUARTER)], [decoded(7, 8, QUARTER)], [decoded(8, 7, QUARTER)]]
-    np.testing.assert_array_equal(cost(ECHO, anchored_start(), latent_of(path)), [[0.0], [1.0], [0.0]])
-
-
-def test_anchored_hazards_push_the_predicted_position_away() -> None:
-    cost = anchored_hazards(ANCHOR, 0.25)
-
-    def at(y: jax.Array) -> jax.Array:
-        vector = jnp.array([decoded(7, 0, QUARTER)]).at[0, 1].set(y)
-        return cost(ECHO, anchored_start(), latent_of(vector)).sum()
-
-    assert float(jax.grad(at)(jnp.array(7.7))) > 0.5  # y grows towards the hazard
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_anchored_hazards_in_the_robots_frame(times: int) -> None:
-    # At the start as observed; half a metre nearer; turned left, the hazard lies to the right.
-    path = [decoded(7, 7, QUARTER), decoded(7, 7.5, QUARTER), decoded(7, 7, HALF)]
-    here = anchored_start()
-    start = Start(latent_of(jnp.repeat(here.latent.deter, times, 0)), jnp.repeat(here.vector, times, 0))
-    latents = latent_of(np.repeat(np.array(path)[:, None], times, 1))
-    ego = ANCHOR.egocentric(ECHO, start, latents)
-    expected = np.array([[[1.0, 0.0]], [[0.5, 0.0]], [[0.0, -1.0]]])
-    np.testing.assert_allclose(ego, np.repeat(expected[:, None], times, 1), atol=1e-5)
-
-
-def test_the_nearest_hazards_are_shown_in_order() -> None:
-    anchor = Anchor(hazards=(0, 10), rotation=(10, 12), position=(12, 14))
-    hazards = np.array([[3.0, 0.0], [0.0, 0.3], [9.0, 9.0], [-1.0, 0.0], [0.0, -2.0]], np.float32)
-    features = nearest_hazards(anchor)
-
-    def shown(order: list[int]) -> np.ndarray:
-        vector = jnp.array([*hazards[order].ravel(), 1.0, 0.0, 0.0, 0.0], jnp.float32)
-        latent = Latent(vector, jnp.zeros((1, 2)))
-        return np.asarray(features.read(ECHO, Start(latent, vector), latent))[len(vector) + 2 :]
-
-    numbers = shown([0, 1, 2, 3, 4])
-    assert numbers.shape == (features.extra,)
-    expected = [
-        [0.0, 0.3, np.exp(-1)],
-        [-1, 0, np.exp(-1 / 0.3)],
-        [0, -2, np.exp(-2 / 0.3)],
-        [3, 0, np.exp(-10)],
-    ]
-    np.testing.assert_allclose(numbers.reshape(4, 3), expected, atol=1e-5)
-    np.testing.assert_allclose(shown([4, 2, 0, 1, 3]), numbers, atol=1e-6)  # the listed order does not matter
+# --- cost models --------------------------------------------------------------------------------
 
 
 def test_learned_cost_is_the_mean_of_the_head() -> None:
     model = filled(lambda: WorldModel(jax.random.PRNGKey(0), SPEC, MODEL, learn_cost=True))
     latent = model.rssm.initial(2)
-    start = Start(latent, jnp.zeros((2, 6)))
-    np.testing.assert_array_equal(learned_cost(model, start, latent), model.cost(latent).mean)
+    state = State(latent, look_away(jnp.zeros((2, 6))))
+    np.testing.assert_array_equal(learned_cost(model, state), model.cost(latent).mean)
+
+
+def test_decoded_hazards_read_their_slice_only() -> None:
+    vector = jnp.array([[0.0, 0.0, 0.1, 0.0, 5.0, 5.0], [0.0, 0.0, 5.0, 5.0, 5.0, 5.0]])
+    echo: Any = SimpleNamespace(decode=lambda latent: vector)
+    state = State(NOWHERE, jnp.zeros((2, 1, 2)))  # what is tracked does not count
+    np.testing.assert_array_equal(decoded_hazards((2, 6), 0.25)(echo, state), [1.0, 0.0])
+
+
+def test_tracked_hazards_count_what_is_tracked() -> None:
+    blind: Any = None
+    state = State(NOWHERE, look_at((2, 6))(jnp.array([9.0, 9.0, 0.1, 0.0, 0.0, 0.2])))
+    assert float(tracked_hazards(0.25)(blind, state)) == 2.0
+    assert float(tracked_hazards(0.15)(blind, state)) == 1.0
+
+
+# --- motion -------------------------------------------------------------------------------------
+
+
+def moving(x: float, y: float, turn: float) -> Any:
+    return SimpleNamespace(motion=lambda latent: (jnp.array([x, y]), heading_of(jnp.array(turn))))
+
+
+@pytest.mark.parametrize(
+    ("motion", "hazard", "expected"),
+    [
+        ((0.0, 0.0, 0.0), (1.0, 2.0), (1.0, 2.0)),
+        ((0.5, 0.0, 0.0), (1.0, 0.0), (0.5, 0.0)),  # driving towards it
+        ((0.0, 0.0, QUARTER), (1.0, 0.0), (0.0, -1.0)),  # turned left, it lies to the right
+        ((1.0, 1.0, QUARTER), (1.0, 2.0), (1.0, 0.0)),  # moved, then turned towards it
+    ],
+)
+def test_hazards_pass_by_as_the_robot_moves(
+    motion: tuple[float, float, float], hazard: tuple[float, float], expected: tuple[float, float]
+) -> None:
+    hazards = jnp.array([hazard, hazard])
+    np.testing.assert_allclose(move(moving(*motion), hazards, NOWHERE), [expected] * 2, atol=1e-6)
+
+
+def test_methods_that_track_nothing_need_no_motion() -> None:
+    blind: Any = None
+    hazards = look_away(jnp.zeros((4, 6)))
+    assert move(blind, hazards, NOWHERE).shape == (4, 0, 2)
+
+
+def test_hazards_are_read_in_pairs() -> None:
+    hazards = look_at((1, 5))(jnp.array([[0.0, 1, 2, 3, 4, 5]]))
+    np.testing.assert_array_equal(hazards, [[[1, 2], [3, 4]]])
+
+
+# --- features -----------------------------------------------------------------------------------
+
+
+def test_the_nearest_hazards_are_shown_in_order() -> None:
+    hazards = np.array([[3.0, 0.0], [0.0, 0.3], [9.0, 9.0], [-1.0, 0.0], [0.0, -2.0]], np.float32)
+    features = nearest_hazards(len(hazards))
+
+    def shown(order: list[int]) -> np.ndarray:
+        state = State(NOWHERE, jnp.array(hazards[order]))
+        numbers = np.asarray(features.read(state))
+        np.testing.assert_array_equal(numbers[:5], LATENT.read(state))
+        return numbers[5:]
+
+    numbers = shown([0, 1, 2, 3, 4])
+    assert numbers.shape == (features.extra,) == (12,)
+    near = [[0, 0.3, np.exp(-1)], [-1, 0, np.exp(-1 / 0.3)], [0, -2, np.exp(-2 / 0.3)], [3, 0, np.exp(-10)]]
+    np.testing.assert_allclose(numbers.reshape(4, 3), near, atol=1e-5)
+    np.testing.assert_allclose(shown([4, 2, 0, 1, 3]), numbers, atol=1e-6)  # the listed order does not matter
+
+
+def test_a_task_may_have_few_hazards() -> None:
+    features = nearest_hazards(2)
+    state = State(NOWHERE, jnp.ones((2, 2)))
+    assert features.read(state).shape == (5 + features.extra,) == (5 + 6,)

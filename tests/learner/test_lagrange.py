@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.config import AugmentedConfig, PidConfig
-from learner.actor_critic import Imagined, Outcome, Signal
+from learner.actor_critic import Outcome, Signal
 from learner.lagrange import (
     AugmentedState,
     Constraint,
@@ -19,7 +19,6 @@ from learner.lagrange import (
     pid,
     unconstrained,
 )
-from learner.rssm import Latent
 
 H, N = 3, 2
 COSTS = np.array([[1.0, 3.0], [2.0, 1.0], [0.0, 5.0]], np.float32)  # [H, N]
@@ -31,11 +30,9 @@ PID = PidConfig(kp=0.1, ki=0.01, kd=0.01, cap=10.0, init=0.001, warmup_env_steps
 
 def outcome(cost: np.ndarray | None = COSTS) -> Outcome:
     zeros = jnp.zeros((H, N))
-    latents = Latent(jnp.zeros((H + 1, N, 1)), jnp.zeros((H + 1, N, 1, 1)))
-    imagined = Imagined(latents, latents.feat, zeros)
     signal = None if cost is None else Signal(jnp.array(cost), jnp.zeros((H + 1, N)))
     weight = jnp.array([[1.0, 1.0], [0.9, 0.0], [0.8, 0.0]])
-    return Outcome(imagined, Signal(zeros, jnp.zeros((H + 1, N))), signal, weight)
+    return Outcome(zeros, Signal(zeros, jnp.zeros((H + 1, N))), signal, weight)
 
 
 def state(multiplier: float, penalty: float) -> AugmentedState:

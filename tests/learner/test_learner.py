@@ -44,7 +44,7 @@ class State(NamedTuple):
 
 
 class FakeTrain:
-    """As `learner.train_step.TrainStep`: a NaN reward is a bad update, which changes nothing but its count."""
+    """A `TrainStep`; a NaN reward makes a bad update, which changes nothing but the count of these."""
 
     spec, cfg = SPEC, CONFIG
     constraint = Constraint(
@@ -82,7 +82,7 @@ class Feed:
     """A source that gives the batches of these values, then none; the clock of the learner runs out then."""
 
     def __init__(self, *values: float | None):
-        self.values = list(values)
+        self.values: list[float | None] = list(values)
 
     def __call__(self, timeout: float) -> dict[str, np.ndarray] | None:
         if not self.values:
@@ -215,7 +215,7 @@ def test_batches_may_be_overwritten_by_their_source(tmp_path):
 def test_bad_updates_in_a_row_stop_the_run_with_a_dump(tmp_path):
     nan = float("nan")
     learner, _ = make(tmp_path, Feed(1, nan, nan, nan, nan, 1, 1, 1))
-    with pytest.raises(UserError, match="the last [34] updates were not finite") as error:
+    with pytest.raises(UserError, match=r"the last [34] updates were not finite") as error:
         learner.run(5.0)
     (dump,) = tmp_path.glob("bad_batch_*.npz")
     assert str(dump) in str(error.value)

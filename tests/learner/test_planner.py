@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.config import PlannerConfig
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import Start, learned_cost
+from learner.cost_model import State, learned_cost, look_away
 from learner.planner import Plan, Scores, actor_proposals, elite_indices, model_score, plan, shift
 from learner.returns import lambda_return
 from learner.world_model import WorldModel
@@ -170,11 +170,11 @@ def model() -> WorldModel:
 
 
 @pytest.fixture(scope="module")
-def start(model: WorldModel) -> Start:
-    return Start(model.rssm.initial(), jnp.zeros(6))
+def start(model: WorldModel) -> State:
+    return State(model.rssm.initial(), look_away(jnp.zeros(6)))
 
 
-def test_scores_follow_the_model(model: WorldModel, start: Start) -> None:
+def test_scores_follow_the_model(model: WorldModel, start: State) -> None:
     critic = filled(lambda: Critic(KEY, FEAT, BEHAVIOR, MODEL), seed=1)
 
     @jax.jit
@@ -209,7 +209,7 @@ def test_scores_follow_the_model(model: WorldModel, start: Start) -> None:
     np.testing.assert_array_equal(scores(beyond)[0].return_, scores(candidates)[0].return_)
 
 
-def test_proposals_are_the_actors(model: WorldModel, start: Start) -> None:
+def test_proposals_are_the_actors(model: WorldModel, start: State) -> None:
     actor = filled(lambda: Actor(KEY, FEAT, 2, BEHAVIOR), seed=2)
     sequences = jax.jit(actor_proposals, static_argnums=(3, 4))(model, actor, start, 200, 3, KEY)
     assert sequences.shape == (200, 4, 2)

@@ -10,7 +10,7 @@ import pytest
 from common.types import Policy
 from learner import planner
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import learned_cost
+from learner.cost_model import State, learned_cost, look_at
 from learner.policy import ActingParams, Carry, actor_choice, make_policy, planner_choice
 from learner.rssm import Latent
 from learner.world_model import WorldModel
@@ -146,6 +146,19 @@ def test_exploration_samples_and_evaluation_does_not(params: ActingParams) -> No
     np.testing.assert_allclose(actions, params.actor(following.latent.feat).mean, rtol=1e-5)
     explored = [EXPLORING.act(params, carry, observation(), LATER, k)[1] for k in jax.random.split(KEY, 2)]
     assert np.abs(explored[0] - explored[1]).min() > 1e-3
+
+
+def test_hazards_are_seen_where_they_are(params: ActingParams) -> None:
+    seen = []
+
+    def choose(params: ActingParams, state: State, plan: jax.Array, key: jax.Array) -> tuple:
+        seen.append(state.hazards)
+        return jnp.zeros((K, 2)), plan, {}
+
+    policy = make_policy(choose, MODEL.deter, MODEL.stoch, MODEL.classes, 2, 0, look_at((2, 6)))
+    obs = observation()
+    policy.act(params, policy.init(K), obs, FIRST, KEY)
+    np.testing.assert_array_equal(seen[0], obs["vector"][:, 2:].reshape(K, 2, 2))
 
 
 def test_planner_reports_what_it_expects(params: ActingParams) -> None:

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 
 from common.config import AugmentedConfig, Config
-from learner.cost_model import Start, learned_cost
+from common.types import ArraySpec
+from learner.actor_critic import imagine
+from learner.cost_model import (
+    State,
+    learned_cost,
+    look_at,
+    look_away,
+    nearest_hazards,
+    tracked_hazards,
+)
 from learner.lagrange import Constraint, augmented, augmented_update, unconstrained
 from learner.returns import Moments
 from learner.rssm import Latent
 from learner.train_step import TrainState, TrainStep, _starts
-from tests.learner.tiny import BEHAVIOR, CONFIG, SPEC, batch
+from tests.learner.tiny import BEHAVIOR, CONFIG, FEAT, SPEC, batch
 
 AUGMENTED = AugmentedConfig(multiplier=0.5, penalty=0.05)
 CONSTRAINT = augmented(AUGMENTED, cost_limit=2.0)
@@ -164,17 +173,22 @@ def test_actor_loss_by_hand(start: TrainState) -> None:
     train = build(cfg)
     state = start._replace(moments=Moments(jnp.array(-2.0), jnp.array(2.0)))
     latents = jax.tree.map(lambda x: x + 0.1, state.model.rssm.initial(3))
-    begin = Start(latents, jnp.zeros((3, 6)))
+    begin = State(latents, look_away(jnp.zeros((3, 6))))
     cont = jnp.array([1.0, 0.0, 1.0])
-    compute = jax.jit(train._actor_loss)
-    loss, (outcome, moments, _, violation, _) = compute(
-        state.actor, state.model, state, begin, cont, jax.random.PRNGKey(0)
-    )
+    key = jax.random.PRNGKey(0)
+
+    @jax.jit
+    def compute(state: TrainState) -> tuple:
+        imagined = imagine(state.model, state.actor, begin, BEHAVIOR.horizon, key)
+        loss, aux = train._actor_loss(state.actor, state.model, state, begin, cont, key)
+        return loss, aux, imagined.entropy
+
+    loss, (outcome, moments, _, violation, _), entropy = compute(state)
     reward, cost = outcome.reward, outcome.cost
     low, high = np.percentile(reward.return_, [5, 95])
     np.testing.assert_allclose(moments, (0.99 * -2 + 0.01 * low, 0.99 * 2 + 0.01 * high), rtol=1e-5)
     advantage = (reward.return_ - reward.value[:-1]) / (moments.high - moments.low)
-    objective = (outcome.weight * (advantage + 0.1 * outcome.imagined.entropy)).mean()
+    objective = (outcome.weight * (advantage + 0.1 * entropy)).mean()
     g = float(cost.return_.sum(0).mean() - 2.0)
     assert float(violation) == pytest.approx(g, rel=1e-5)
     psi = 0.5 * g + 0.025 * g**2 if 0.5 + 0.05 * g > 0 else -0.25 / 0.1
@@ -196,6 +210,19 @@ def test_a_method_without_costs_has_no_cost_critic() -> None:
     assert jax.tree.structure(after) == jax.tree.structure(before)
 
 
+def test_a_method_that_tracks_hazards_learns_motion() -> None:
+    slices = {"hazards": (0, 4), "position": (4, 6), "rotation": (6, 8)}
+    spec = dataclasses.replace(SPEC, obs={"vector": ArraySpec((8,))}, slices=slices)
+    tracking = (tracked_hazards(0.25), False, nearest_hazards(2), look_at((0, 4)))
+    train = TrainStep(spec, CONFIG, CONSTRAINT, *tracking)
+    before = jax.eval_shape(train.init, 0)
+    data = batch() | {"vector": np.zeros((2, 4, 8), np.float32)}
+    after, metrics = jax.eval_shape(train.step, before, data)
+    assert "loss/motion" in metrics
+    assert before.actor.head.mlp.layers[0].linear.weight.shape[0] == FEAT + 2 * 3
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+
+
 def test_only_a_planner_is_sent_the_critic(start: TrainState) -> None:
     assert build().acting(start).critic is None
     acting = build(dataclasses.replace(CONFIG, policy="planner")).acting(start)
@@ -206,12 +233,13 @@ def test_only_a_planner_is_sent_the_critic(start: TrainState) -> None:
 # --- where imagination starts -------------------------------------------------------------------
 
 
-def starts(count: int) -> tuple[Start, jax.Array]:
+def starts(count: int) -> tuple[State, jax.Array]:
     cfg = dataclasses.replace(BEHAVIOR, imagine_starts=count)
     number = jnp.arange(8.0).reshape(2, 4)
     latents = Latent(jnp.repeat(number[..., None], 8, -1), jnp.zeros((2, 4, 2, 3)))
-    data = {"is_terminal": np.arange(8).reshape(2, 4) % 2 == 1, "vector": np.tile(number[..., None], 6)}
-    return _starts(latents, data, cfg, jax.random.PRNGKey(0))
+    states = State(latents, number[..., None, None] * jnp.ones((1, 2)))
+    data = {"is_terminal": np.arange(8).reshape(2, 4) % 2 == 1}
+    return _starts(states, data, cfg, jax.random.PRNGKey(0))
 
 
 @pytest.mark.parametrize("count", [0, 8, 100])
@@ -226,5 +254,5 @@ def test_imagination_starts_from_a_part_of_the_batch() -> None:
     chosen = np.asarray(start.latent.deter[:, 0])
     assert len(set(chosen)) == 3
     assert set(chosen) <= set(range(8))
-    np.testing.assert_array_equal(start.vector[:, 0], chosen)  # latent, observation and cont stay together
+    np.testing.assert_array_equal(start.hazards[:, 0, 0], chosen)  # latent, hazards and cont stay together
     np.testing.assert_array_equal(cont, 1 - chosen % 2)
