@@ -161,6 +161,10 @@ class Driver:
             )
         )
         logger.info("learner compiled in %.0f s on %s", started.compile_seconds, started.backend)
+        # Nobody acts or learns before the evaluator is up: its first evaluation is of the untrained policy.
+        self._await(self._workers.evaluator.call("refresh"))
+        if self._evaluation_is_due():
+            self._evaluate()
         prefill = 0 if started.meta else math.ceil(self._cfg.learner.prefill / self._cfg.actors.count)
         for index in range(self._cfg.actors.count):
             self._launch_actor(index, self._counters.env_steps, prefill)

@@ -142,11 +142,15 @@ class EvaluatorWorker:
         self._env: Any = None
         self._stopped = threading.Event()
 
-    def evaluate(self, episodes: int) -> list[EpisodeResult] | None:
-        """Results of the protocol's first `episodes` episodes; None when stopped before the end."""
+    def refresh(self) -> None:
+        """Takes the newest parameters."""
         newest = self._source.get(self._version)
         if newest is not None:
             self._version, self._params = newest
+
+    def evaluate(self, episodes: int) -> list[EpisodeResult] | None:
+        """Results of the protocol's first `episodes` episodes; None when stopped before the end."""
+        self.refresh()
         if self._params is None:
             raise RuntimeError("evaluation before any parameters were published")
         seed = self._cfg.evaluation.seed
