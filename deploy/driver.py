@@ -108,6 +108,7 @@ class Driver:
         self._stopping = False
         self._signal: int | None = None
         self._signalled_at = 0.0
+        self._leaving: int | None = None  # the second signal
         self._evaluating = False
         self._saving = False
         self._metrics: Proxy | None = None
@@ -124,8 +125,6 @@ class Driver:
             self._start(resume)
             try:
                 self._loop()
-            except Interrupted:
-                raise
             except BaseException:
                 self._acting, self._stopping = False, True
                 self._save_what_can_be_saved()
@@ -191,6 +190,7 @@ class Driver:
                 self._evaluate()
 
     def _handle_completed(self, timeout: float) -> None:
+        self._leave_if_told()
         done, _ = wait(self._pending, timeout, FIRST_COMPLETED)
         if not self._pending:
             time.sleep(timeout)
@@ -445,18 +445,28 @@ class Driver:
 
     def _await_all(self, futures: list[Future[Any]]) -> None:
         for future in futures:
+            while not future.done():
+                self._leave_if_told()
+                wait([future], _TICK_SECONDS)
             future.result()
+
+    def _leave_if_told(self) -> None:
+        if self._leaving is not None:
+            raise Interrupted(self._leaving)
 
     def _warn(self, text: str) -> None:
         logger.warning(text)
         self._status.warnings.append(text)
 
     def _on_signal(self, number: int) -> None:
-        """The first ends the run with a checkpoint, a second one without."""
+        """The first ends the run with a checkpoint, a second one without.
+
+        It only takes note: an exception raised here may be swallowed (in a callback of the garbage collector).
+        """
         now = time.monotonic()
         if self._signal is not None:
             if now - self._signalled_at > _ONE_SIGNAL_SECONDS:
-                raise Interrupted(number)
+                self._leaving = number
             return
         self._signal, self._signalled_at = number, now
         self._status.warnings.append(

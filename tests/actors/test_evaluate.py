@@ -26,11 +26,13 @@ class OnceEnv:
         self.partial = np.zeros(num_envs, bool)
         self.finished = np.ones(num_envs, bool)
         self.rendered: list[int] = []
+        self.seen: list[np.ndarray] = []
         self._t = np.zeros(num_envs, int)
 
     def step(self, actions: np.ndarray) -> Step:
         k = self.num_envs
         assert actions.shape == (k, 1)
+        self.seen.append(actions)
         if self.finished.all():
             self.finished, self._t = np.zeros(k, bool), np.full(k, -1)
         first = self._t == -1
@@ -81,6 +83,9 @@ def test_an_evaluation_can_be_repeated_exactly():
     first = evaluate(env, NOISE, None, seed=1)
     assert first == evaluate(env, NOISE, None, seed=1) == evaluate(OnceEnv(3), NOISE, None, seed=1)
     assert first != evaluate(env, NOISE, None, seed=2)
+    fresh = OnceEnv(3)
+    evaluate(fresh, NOISE, None, seed=0)
+    assert len(np.unique(fresh.seen[1:])) == 9  # no key is used twice
 
 
 def test_it_stops_when_told_to():

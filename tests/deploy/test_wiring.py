@@ -66,7 +66,7 @@ def test_methods_that_learn_costs_work_without_coordinates(method):
     jax.eval_shape(train.step, jax.eval_shape(train.init, 0), batch_of(cfg, spec))
 
 
-@pytest.mark.parametrize("cost_model", ["geometric", "anchored"])
+@pytest.mark.parametrize("cost_model", ["geometric", "tracked"])
 def test_hazards_must_be_observed_to_be_counted(cost_model):
     cfg = merge(
         load("dreamerv3", "nano", "SafetyPointGoal0-v0"), {"safety": {"cost_model": cost_model}}, "test"

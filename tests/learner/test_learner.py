@@ -195,23 +195,6 @@ def test_without_a_checkpoint_nothing_is_restored(tmp_path):
     assert total(learner, published) == 0.0
 
 
-def test_batches_may_be_overwritten_by_their_source(tmp_path):
-    """On a CPU, jax may read a numpy buffer in place while the next step is still in flight."""
-    buffer = batch(1.0)
-    values = iter([1.0, 2.0, 3.0, 4.0])
-
-    def source(timeout: float) -> dict[str, np.ndarray] | None:
-        value = next(values, None)
-        buffer["reward"][:] = -1000.0 if value is None else value
-        if value is None:
-            time.sleep(timeout)
-        return None if value is None else buffer
-
-    learner, published = make(tmp_path, source)
-    learner.run(0.3)
-    assert total(learner, published) == 60.0
-
-
 def test_bad_updates_in_a_row_stop_the_run_with_a_dump(tmp_path):
     nan = float("nan")
     learner, _ = make(tmp_path, Feed(1, nan, nan, nan, nan, 1, 1, 1))
