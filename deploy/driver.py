@@ -461,7 +461,7 @@ class Driver:
     def _on_signal(self, number: int) -> None:
         """The first ends the run with a checkpoint, a second one without.
 
-        It only takes note: an exception raised here may be swallowed (in a callback of the garbage collector).
+        It only takes note: an exception raised here may be swallowed (in a garbage collector's callback).
         """
         now = time.monotonic()
         if self._signal is not None:
