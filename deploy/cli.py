@@ -1,4 +1,4 @@
-"""The command line: safedreamer train | eval | doctor | list."""
+"""The command line: safedreamer train | eval | plot | doctor | list."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ USAGE = """usage: safedreamer COMMAND [OPTIONS]
 
   train    train an agent, or continue one        safedreamer train --help
   eval     evaluate a run or a checkpoint         safedreamer eval --help
+  plot     curves of several runs in one figure   safedreamer plot --help
   doctor   check this machine
   list     methods, sizes and tasks
 """
@@ -74,10 +75,22 @@ class EvalArgs:
     """Write the first episode as an mp4, seen from outside."""
 
 
+@dataclass(frozen=True)
+class PlotArgs:
+    """Draw the evaluations of several runs over env steps: return and cost."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories."""
+    out: Path = Path("curves.png")
+    """The figure to write."""
+    mean: bool = False
+    """One line: the mean over the runs, and their range."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 user error, 128 + n signal n."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "eval": _eval, "doctor": _doctor, "list": _list}
+    commands = {"train": _train, "eval": _eval, "plot": _plot, "doctor": _doctor, "list": _list}
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if argv else 2)
@@ -235,6 +248,21 @@ def _doctor(argv: list[str]) -> int:
     from deploy.doctor import run_doctor
 
     return run_doctor(Console())
+
+
+def _plot(argv: list[str]) -> int:
+    args = _parse(PlotArgs, argv, "plot")
+    from common.plots import plot_runs
+    from deploy import run_dir as runs
+
+    if not args.runs:
+        raise UserError("name at least one run directory: safedreamer plot runs/TASK/RUN ...")
+    for path in args.runs:
+        runs.read_config(path)  # refuses what is no run
+    if args.out.suffix != ".png" or not args.out.parent.is_dir():
+        raise UserError(f"--out must be a .png file in a directory that exists, not {args.out}")
+    print(f"plot: {plot_runs(args.runs, args.out, aggregate=args.mean)}")
+    return 0
 
 
 def _list(argv: list[str]) -> int:

@@ -109,6 +109,8 @@ def refused(cli: Callable) -> Callable[..., str]:
         ("eval . --video film", "videos are written as .mp4, not 'film'"),
         ("eval . --video nowhere/film.mp4", "there is no directory nowhere for the video"),
         ("eval . --vide film.mp4", "did you mean `--video`?"),
+        ("plot", "name at least one run directory"),
+        ("plot nowhere", "nowhere is not a run directory"),
         ("eval .", "holds no complete checkpoint; give a run directory"),
     ],
 )
@@ -278,6 +280,18 @@ def test_print_config_resolves_presets_files_and_flags(cli, tmp_path):
     config = printed(cli("train", *twice), tmp_path)
     assert (config.method, config.seed) == ("osrp", 2)
     assert not list(Path.cwd().iterdir())
+
+
+def test_plot_draws_several_runs(cli, trained, tmp_path):
+    result = cli("plot", trained, trained, "--mean", "--out", "both.png")
+    assert (result.code, result.out) == (0, "plot: both.png\n")
+    assert Path("both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_wants_a_png(cli, trained):
+    result = cli("plot", trained, "--out", "curves.txt")
+    assert result.code == 2
+    assert "--out must be a .png file" in result.err
 
 
 # --- resuming -----------------------------------------------------------------------------------
