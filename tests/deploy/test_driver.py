@@ -147,6 +147,14 @@ def drive(workers: FakeWorkers, cfg: Config | None = None, resume: bool = False)
     return Driver(cfg, SPEC, Path("nowhere"), workers, status).run(resume)
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard() -> Iterator[None]:
+    """The tests may run under nohup, which has SIGHUP ignored, and the driver respects that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def saved_meta(workers: FakeWorkers) -> dict[str, Any]:
     return workers.of("learner", "save")[-1][0]
 
