@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses are the schema, YAML layers and flags fill them.
 
-Order, later wins: `default.yaml`, method, size (and the method's own entry for that size), task,
-`--config` files, flags. Every layer passes the same typed checks, so that a wrong key or type is
+Order, later wins: `default.yaml`, method, size, task, the method's own entries for that size and for the
+observation, `--config` files, flags. Every layer passes the same typed checks, so that a wrong key or type is
 refused with the place it stands in and the nearest valid name.
 """
 
@@ -72,12 +72,16 @@ class WorldModelConfig:
     """Hidden layers of the vector encoder and decoder."""
     encoder_units: int = 1024
     """Width of the vector encoder and decoder."""
+    cnn_depth: int = 32
+    """Channels of the first image convolution; every further one has twice as many."""
     head_layers: int = 2
     """Hidden layers of the reward, cost and continue heads."""
     bins: int = 255
     """Bins of every two-hot head and critic."""
     bin_range: float = 20.0
     """Two-hot bins span +- this value, in symlog space."""
+    image_loss_scale: float = 1.0
+    """Weight of the image reconstruction loss."""
     vector_loss_scale: float = 1.0
     """Weight of the vector reconstruction loss."""
     geometry_loss_scale: float = 1.0
@@ -157,13 +161,21 @@ class PidConfig:
     kd: float = 0.01
     """Derivative gain."""
     cap: float = 0.1
-    """Upper bound of the multiplier (also of the integral: no windup)."""
+    """Upper bound of the multiplier."""
+    anti_windup: bool = False
+    """Bound the integral by the cap as well (ours; published: no)."""
     init: float = 0.001
     """Initial integral term."""
     warmup_env_steps: int = 5_000
-    """The multiplier is zero and the controller does not move before this many env steps."""
+    """The multiplier is zero and the controller does not move up to this many env steps."""
     cost_decay: float = 0.99
     """Decay of the running episode cost that the controller sees."""
+    init_cost_limit: float = 0.0
+    """Where the cost limit starts when it decays to `safety.cost_limit`; not above that: constant."""
+    decay_limit_step: float = 2.0
+    """By how much a decaying limit falls at a time."""
+    decay_time_step: int = 20_000
+    """Env steps between two falls of a decaying limit."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +185,8 @@ class SafetyConfig:
     hazards as observed where imagination starts and the robot's predicted displacement."""
     constraint: Literal["none", "augmented", "pid"] = "none"
     """Constraint on the actor's objective."""
+    penalty: Literal["none", "pid"] = "none"
+    """Multiplier on the cost return in the planner's objective (OSRP-Lag)."""
     cost_limit: float = 2.0
     """Limit b on the cost (per imagined return, plan or episode: see the method)."""
     hazard_radius: float = 0.25
@@ -195,6 +209,10 @@ class PlannerConfig:
     """Standard deviation of the first iteration."""
     momentum: float = 0.1
     """Share of the old mean kept in every iteration."""
+    temperature: float = 0.0
+    """Elites weigh exp(temperature * (objective - best)) (CEM); 0: all the same (OSRP)."""
+    exploration: float = 0.0
+    """Standard deviation of the noise on planned actions in training."""
     mixture_coef: float = 0.0
     """Actor proposals per iteration, as a share of `samples`."""
     cost_scale_length: int = 1000
@@ -389,7 +407,7 @@ def load(
     files: Iterable[Path] = (),
     observation: str | None = None,
 ) -> Config:
-    """Composes default, method, size, task, the method's entries for that size and observation, and files.
+    """Composes default, method, size, task, the method's own entries for that size and observation, files.
 
     Method, size and task that are not given are those that the files name, else the defaults; the
     observation is the task's.
@@ -401,25 +419,29 @@ def load(
     method = method or chosen.method
     size = size or chosen.size
     task = task or chosen.task
-    config = merge(Config(), read_yaml(CONFIG_DIR / "default.yaml"), "configs/default.yaml")
     method_layer = _preset("method", method)
-    by_size, by_observation = method_layer.pop("sizes", {}), method_layer.pop("observations", {})
-    layers = [(f"configs/methods/{method}.yaml", method_layer)]
-    layers.append((f"configs/sizes/{size}.yaml", _preset("size", size)))
-    layers.append((f"configs/methods/{method}.yaml, sizes.{size}", by_size.get(size, {})))
-    for source, layer in layers + _task_layers(task):
-        config = merge(config, layer, source)
-    chosen = config
+    special = {key: method_layer.pop(key, {}) for key in ("sizes", "observations")}
+    config = merge(Config(), read_yaml(CONFIG_DIR / "default.yaml"), "configs/default.yaml")
+    source = f"configs/methods/{method}.yaml"
+    for name, layer in [
+        (source, method_layer),
+        (f"configs/sizes/{size}.yaml", _preset("size", size)),
+        *_task_layers(task),
+        (f"{source}, sizes.{size}", special["sizes"].get(size, {})),
+    ]:
+        config = merge(config, layer, name)
     last_word = [
         *file_layers,
         ("--env.observation", {"env": {"observation": observation}} if observation else {}),
     ]
-    for source, layer in last_word:
-        chosen = merge(chosen, layer, source)
-    layer = by_observation.get(chosen.env.observation, {})
-    config = merge(config, layer, f"configs/methods/{method}.yaml, observations")
-    for source, layer in last_word:
-        config = merge(config, layer, source)
+    chosen = config
+    for name, layer in last_word:
+        chosen = merge(chosen, layer, name)
+    by_observation = special["observations"].get(chosen.env.observation, {})
+    by_size = by_observation.pop("sizes", {}).get(size, {})
+    source = f"{source}, observations.{chosen.env.observation}"
+    for name, layer in [(source, by_observation), (f"{source}.sizes.{size}", by_size), *last_word]:
+        config = merge(config, layer, name)
     return dataclasses.replace(config, method=method, size=size, task=task)
 
 
@@ -483,8 +505,10 @@ def _problems(config: Config) -> Iterable[str]:
         yield f"learner.train_ratio ({learner.train_ratio}) is too small to train at all"
     if safety.constraint != "none" and safety.cost_model == "none":
         yield f"safety.constraint {safety.constraint} needs costs: safety.cost_model learned or geometric"
-    if config.policy == "planner" and safety.cost_model == "none":
-        yield "policy planner needs costs: set safety.cost_model to learned or geometric"
+    if safety.penalty != "none" and safety.cost_model == "none":
+        yield f"safety.penalty {safety.penalty} needs costs: safety.cost_model learned or geometric"
+    if config.policy == "actor" and safety.penalty != "none":
+        yield "safety.penalty shapes plans: use it with policy planner, or safety.constraint pid"
     if config.policy == "planner" and safety.constraint != "none":
         yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit"
     if safety.cost_model in ("geometric", "tracked") and config.env.observation != "coordinates":
@@ -519,6 +543,8 @@ _MAY_BE_ZERO = {
     "safety.cost_limit",
     "planner.momentum",
     "planner.mixture_coef",
+    "planner.exploration",
+    "planner.temperature",
     "planner.cost_scale_length",
     "learner.prefill",
     "evaluation.every",

@@ -21,20 +21,28 @@ from learner.cost_model import (
     Features,
     Look,
     decoded_hazards,
+    free_of_cost,
     learned_cost,
     look_at,
     look_away,
     nearest_hazards,
     tracked_hazards,
 )
-from learner.lagrange import Constraint, augmented, pid, unconstrained
+from learner.lagrange import Constraint, augmented, pid, pid_penalty, unconstrained
 from learner.policy import Choose, actor_choice, make_policy, planner_choice
-from learner.train_step import TrainStep
+from learner.train_step import Shared, TrainStep
 
 CONSTRAINTS: dict[str, Callable[[SafetyConfig], Constraint]] = {
     "none": lambda safety: unconstrained(),
     "augmented": lambda safety: augmented(safety.augmented, safety.cost_limit),
     "pid": lambda safety: pid(safety.pid, safety.cost_limit),
+}
+
+
+# A planner's penalty; the actor behind it maximises reward alone.
+PENALTIES: dict[str, Callable[[SafetyConfig], Constraint]] = {
+    "none": lambda safety: unconstrained(),
+    "pid": lambda safety: pid_penalty(safety.pid, safety.cost_limit),
 }
 
 
@@ -53,8 +61,8 @@ def _slices(spec: EnvSpec, *names: str) -> list[tuple[int, int]]:
     return [spec.slices[name] for name in names]
 
 
-COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], CostModel | None]] = {
-    "none": lambda safety, spec: None,
+COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], CostModel]] = {
+    "none": lambda safety, spec: free_of_cost,
     "learned": lambda safety, spec: learned_cost,
     "geometric": _geometric,
     "tracked": lambda safety, spec: tracked_hazards(safety.hazard_radius),
@@ -81,17 +89,38 @@ def _tracking(cfg: Config, spec: EnvSpec) -> Tracking:
     return TRACKING.get(cfg.safety.cost_model, nothing)(spec)
 
 
+def _actor(cfg: Config, spec: EnvSpec, explore: bool) -> Choose:
+    return actor_choice(explore=explore, features=_tracking(cfg, spec).features)
+
+
 def _planner(cfg: Config, spec: EnvSpec, explore: bool) -> Choose:
-    cost_model = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec)
-    assert cost_model is not None  # refused by config.check
     return planner_choice(
-        cost_model, cfg.planner, cfg.behavior, cfg.safety.cost_limit, _tracking(cfg, spec).features
+        COST_MODELS[cfg.safety.cost_model](cfg.safety, spec),
+        cfg.planner,
+        cfg.behavior,
+        cfg.safety.cost_limit,
+        explore=explore,
+        features=_tracking(cfg, spec).features,
     )
 
 
-POLICIES: dict[str, Callable[[Config, EnvSpec, bool], Choose]] = {
-    "actor": lambda cfg, spec, explore: actor_choice(explore=explore, features=_tracking(cfg, spec).features),
-    "planner": _planner,
+class Way(NamedTuple):
+    """A way to act: how it chooses, what constrains the training behind it, and what it must be sent."""
+
+    choose: Callable[[Config, EnvSpec, bool], Choose]
+    constraint: Callable[[SafetyConfig], Constraint]
+    shared: Callable[[SafetyConfig], Shared]
+
+
+POLICIES = {
+    "actor": Way(
+        _actor, lambda safety: CONSTRAINTS[safety.constraint](safety), lambda safety: Shared(False, False)
+    ),
+    "planner": Way(
+        _planner,
+        lambda safety: PENALTIES[safety.penalty](safety),
+        lambda safety: Shared(True, safety.penalty != "none"),
+    ),
 }
 
 
@@ -102,21 +131,26 @@ def spec_of(cfg: Config) -> EnvSpec:
 
 def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
     """The trainable system of a configuration. Raises UserError where it does not fit the environment."""
+    safety, way = cfg.safety, POLICIES[cfg.policy]
+    tracking, learn_cost = _tracking(cfg, spec), safety.cost_model == "learned"
     return TrainStep(
         spec=spec,
         cfg=cfg,
-        constraint=CONSTRAINTS[cfg.safety.constraint](cfg.safety),
-        cost_model=COST_MODELS[cfg.safety.cost_model](cfg.safety, spec),
-        learn_cost=cfg.safety.cost_model == "learned",
-        features=_tracking(cfg, spec).features,
-        look=_tracking(cfg, spec).look,
+        constraint=way.constraint(safety),
+        cost_model=COST_MODELS[safety.cost_model](safety, spec),
+        learn_cost=learn_cost,
+        # As published, every method with a learned cost has a cost critic, OSRP-Vector has none.
+        value_cost=learn_cost or safety.constraint != "none" or safety.penalty != "none",
+        shared=way.shared(safety),
+        features=tracking.features,
+        look=tracking.look,
     )
 
 
 def policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
     """The configured policy; without `explore` it is deterministic up to the model's own sampling."""
     model = cfg.world_model
-    choose = POLICIES[cfg.policy](cfg, spec, explore)
+    choose = POLICIES[cfg.policy].choose(cfg, spec, explore)
     rows = cfg.planner.horizon + 1 if cfg.policy == "planner" else 0
     return make_policy(
         choose, model.deter, model.stoch, model.classes, spec.action_size, rows, _tracking(cfg, spec).look

@@ -12,24 +12,29 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from common.config import BehaviorConfig, WorldModelConfig
 from learner.cost_model import LATENT, CostModel, Features, State, move
 from learner.distributions import BoundedNormal, TwoHot
-from learner.layers import Head
+from learner.layers import MLP, Head, Linear
 from learner.returns import lambda_return, trajectory_weight
 from learner.world_model import WorldModel
 
 
 class Actor(eqx.Module):
-    head: Head
+    mlp: MLP
+    mean: Linear
+    std: Linear
 
     def __init__(self, key: PRNGKeyArray, feat: int, action_size: int, cfg: BehaviorConfig):
-        self.head = Head(key, feat, cfg.units, cfg.layers, 2 * action_size)
+        key_mlp, key_mean, key_std = jax.random.split(key, 3)
+        self.mlp = MLP(key_mlp, feat, cfg.units, cfg.layers)
+        self.mean = Linear(key_mean, cfg.units, action_size)
+        self.std = Linear(key_std, cfg.units, action_size)
 
     @property
     def action_size(self) -> int:
-        return self.head.out.weight.shape[1] // 2
+        return self.mean.weight.shape[1]
 
     def __call__(self, feat: Float[Array, "*n F"]) -> BoundedNormal:
-        mean, std = jnp.split(self.head(feat), 2, -1)
-        return BoundedNormal.from_raw(mean, std)
+        x = self.mlp(feat)
+        return BoundedNormal.from_raw(self.mean(x), self.std(x))
 
 
 class Critic(eqx.Module):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from common.types import VECTOR
+from learner.codec import Obs
 from learner.geometry import opposite, rotate
 from learner.rssm import Latent
 from learner.world_model import WorldModel
@@ -26,37 +28,43 @@ class State(NamedTuple):
     """An imagined (or real) state: its latent, and the hazards around the robot.
 
     `hazards` are egocentric (x, y) in metres: as observed where imagination starts, then carried along by
-    the robot's predicted motion. Methods that do not track hazards carry none (zero objects).
+    the robot's predicted motion. None for methods that do not track hazards.
     """
 
     latent: Latent  # [*n, ...]
-    hazards: Float[Array, "*n objects 2"]
+    hazards: Float[Array, "*n objects 2"] | None
 
 
-Look = Callable[[Float[Array, "*n O"]], Float[Array, "*n objects 2"]]  # state observation -> hazards
+Look = Callable[[Obs], Float[Array, "*n objects 2"] | None]  # observation -> hazards
 CostModel = Callable[[WorldModel, State], Float[Array, "*n"]]
 
 
-def look_away(vector: Float[Array, "*n O"]) -> Float[Array, "*n 0 2"]:
+def look_away(obs: Obs) -> None:
     """No hazards: for methods that do not track them."""
-    return jnp.zeros((*vector.shape[:-1], 0, 2))
 
 
 def look_at(hazards: Slice) -> Look:
     """Reads egocentric positions out of a state observation."""
-    return lambda vector: _pairs(vector, hazards)
+    return lambda obs: _pairs(obs[VECTOR], hazards)
 
 
-def move(model: WorldModel, hazards: Float[Array, "*n objects 2"], latent: Latent) -> Array:
+def move(
+    model: WorldModel, hazards: Float[Array, "*n objects 2"] | None, latent: Latent
+) -> Float[Array, "*n objects 2"] | None:
     """Hazards as the robot sees them after its predicted motion into `latent` (**ours**).
 
     Hazards do not move, and where they are is known exactly at the start of imagination: only the robot's
     motion has to be predicted, three numbers instead of two per hazard. h' = R(turn)^T (h - displacement).
     """
-    if hazards.shape[-2] == 0:
-        return hazards
+    if hazards is None:
+        return None
     displacement, heading = model.motion(latent)
     return rotate(hazards - displacement[..., None, :], opposite(heading)[..., None, :])
+
+
+def free_of_cost(model: WorldModel, state: State) -> Float[Array, "*n"]:
+    """No cost anywhere: an unconstrained planner finds every plan safe (CEM)."""
+    return jnp.zeros(state.latent.deter.shape[:-1])
 
 
 def learned_cost(model: WorldModel, state: State) -> Float[Array, "*n"]:
@@ -66,12 +74,12 @@ def learned_cost(model: WorldModel, state: State) -> Float[Array, "*n"]:
 
 def decoded_hazards(hazards: Slice, radius: float) -> CostModel:
     """Number of hazards within `radius` metres in the decoded observation (OSRP-Vector)."""
-    return lambda model, state: count_within(_pairs(model.decode(state.latent), hazards), radius)
+    return lambda model, state: count_within(_pairs(model.decode_vector(state.latent), hazards), radius)
 
 
 def tracked_hazards(radius: float) -> CostModel:
     """Number of tracked hazards within `radius` metres (**ours**, see `move`)."""
-    return lambda model, state: count_within(state.hazards, radius)
+    return lambda model, state: count_within(_tracked(state), radius)
 
 
 def count_within(offsets: Float[Array, "*n objects 2"], radius: float) -> Float[Array, "*n"]:
@@ -111,14 +119,21 @@ def nearest_hazards(objects: int) -> Features:
     shown = min(_NEAREST, objects)
 
     def read(state: State) -> Float[Array, "*n F"]:
-        distance = _distance(state.hazards)
+        hazards = _tracked(state)
+        distance = _distance(hazards)
         nearest = jax.lax.top_k(-distance, shown)[1]
-        position = jnp.take_along_axis(state.hazards, nearest[..., None], -2)
+        position = jnp.take_along_axis(hazards, nearest[..., None], -2)
         proximity = jnp.exp(-_distance(position) / _PROXIMITY)
         numbers = jnp.concatenate([position, proximity[..., None]], -1)
         return jnp.concatenate([state.latent.feat, numbers.reshape(*numbers.shape[:-2], -1)], -1)
 
     return Features(3 * shown, read)
+
+
+def _tracked(state: State) -> Float[Array, "*n objects 2"]:
+    if state.hazards is None:
+        raise TypeError("this state carries no hazards; see `look_at`")
+    return state.hazards
 
 
 def _distance(offsets: Float[Array, "*n objects 2"]) -> Float[Array, "*n objects"]:

@@ -104,15 +104,15 @@ def pid_update(
 ) -> PidState:
     """PID control of the multiplier (Stooke et al. 2020, alg. 2), once per finished training episode.
 
-    J <- EMA(episode cost), delta = J - b, I <- clip(I + ki delta, 0, cap), P <- .95 P + .05 delta,
+    J <- EMA(episode cost), delta = J - b, I <- max(0, I + ki delta), P <- .95 P + .05 delta,
     S <- .95 S + .05 J, D = max(0, S - S[10 updates ago]), lambda = clip(kp P + I + kd D, 0, cap).
 
-    Before `warmup_env_steps` only J moves and lambda is 0. **Deviation**: the integral is bounded by the
-    cap as well (no windup), and evaluation episodes never arrive here.
+    Until `warmup_env_steps` only J moves and lambda is 0. **Deviation**: evaluation episodes never arrive
+    here. With `anti_windup` (**ours**) the integral is bounded by the cap as well.
     """
     average = cfg.cost_decay * state.average + (1 - cfg.cost_decay) * episode_cost
-    error = average - cost_limit
-    integral = jnp.clip(state.integral + cfg.ki * error, 0.0, cfg.cap)
+    error = average - limit_at(env_steps, cfg, cost_limit)
+    integral = jnp.clip(state.integral + cfg.ki * error, 0.0, cfg.cap if cfg.anti_windup else jnp.inf)
     proportional = _PID_SMOOTHING * state.proportional + (1 - _PID_SMOOTHING) * error
     derivative = _PID_SMOOTHING * state.derivative + (1 - _PID_SMOOTHING) * average
     rise = jnp.maximum(0.0, derivative - state.history[0])
@@ -120,7 +120,13 @@ def pid_update(
     history = jnp.append(state.history[1:], derivative)
     moved = PidState(multiplier, integral, proportional, derivative, average, history)
     waiting = state._replace(average=average)
-    return jax.tree.map(lambda a, b: jnp.where(env_steps < cfg.warmup_env_steps, a, b), waiting, moved)
+    return jax.tree.map(lambda a, b: jnp.where(env_steps <= cfg.warmup_env_steps, a, b), waiting, moved)
+
+
+def limit_at(env_steps: Array, cfg: PidConfig, cost_limit: float) -> Float[Array, ""]:
+    """The limit b after so many env steps: from `init_cost_limit` down to `cost_limit` in steps."""
+    decayed = cfg.init_cost_limit - cfg.decay_limit_step * (env_steps // cfg.decay_time_step)
+    return jnp.maximum(cost_limit, decayed)
 
 
 def pid(cfg: PidConfig, cost_limit: float) -> Constraint:
@@ -131,18 +137,24 @@ def pid(cfg: PidConfig, cost_limit: float) -> Constraint:
     however rare costs have become.
     """
 
-    def init() -> PidState:
-        zero = jnp.zeros(())
-        return PidState(zero, jnp.asarray(cfg.init), zero, zero, zero, jnp.zeros(_DELAY))
-
     def penalise(state: PidState, loss: Array, outcome: Outcome) -> tuple[Array, Array]:
         penalty = (outcome.weight * _cost(outcome).advantage).mean()
         multiplier = state.multiplier
         return (loss + multiplier * penalty) / (1 + multiplier), state.average - cost_limit
 
+    return pid_penalty(cfg, cost_limit)._replace(penalise=penalise)
+
+
+def pid_penalty(cfg: PidConfig, cost_limit: float) -> Constraint:
+    """PID Lagrangian whose multiplier a planner uses (OSRP-Lag); the actor maximises reward alone."""
+
+    def init() -> PidState:
+        zero = jnp.zeros(())
+        return PidState(zero, jnp.asarray(cfg.init), zero, zero, zero, jnp.zeros(_DELAY))
+
     return Constraint(
         init=init,
-        penalise=penalise,
+        penalise=lambda state, loss, outcome: (loss, state.average - cost_limit),
         on_batch=lambda state, violation: state,
         on_episode=lambda state, cost, env_steps: pid_update(state, cost, env_steps, cfg, cost_limit),
     )

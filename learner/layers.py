@@ -6,6 +6,8 @@ All of them act on the last axis and broadcast over leading ones.
 
 from __future__ import annotations
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 _TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal truncated at 2 sigma
 _NORM_EPS = 1e-3
+
+Shape = tuple[int, ...]
 
 
 def symlog(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -25,16 +29,25 @@ def symexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.sign(x) * jnp.expm1(jnp.abs(x))
 
 
-def truncated_normal(key: PRNGKeyArray, fan_in: int, fan_out: int, scale: float) -> Float[Array, "i o"]:
+def truncated_normal(key: PRNGKeyArray, shape: Shape, scale: float = 1.0) -> Float[Array, "*k i o"]:
     """Kernel with std sqrt(scale / fan_avg) after truncation at 2 sigma; zeros for scale 0."""
-    if scale == 0.0:
-        return jnp.zeros((fan_in, fan_out))
-    std = jnp.sqrt(scale / ((fan_in + fan_out) / 2)) / _TRUNCATED_STD
-    return std * jax.random.truncated_normal(key, -2.0, 2.0, (fan_in, fan_out))
+    std = math.sqrt(scale / fan_avg(shape)) / _TRUNCATED_STD
+    return std * jax.random.truncated_normal(key, -2.0, 2.0, shape)
+
+
+def uniform(key: PRNGKeyArray, shape: Shape, scale: float = 1.0) -> Float[Array, "*k i o"]:
+    """Kernel drawn uniformly with std sqrt(scale / fan_avg); zeros for scale 0."""
+    limit = math.sqrt(3.0 * scale / fan_avg(shape))
+    return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+
+def fan_avg(shape: Shape) -> float:
+    """Mean of fan-in and fan-out of a kernel [*taps, in, out]."""
+    return math.prod(shape[:-2]) * (shape[-2] + shape[-1]) / 2
 
 
 class Linear(eqx.Module):
-    """x W (+ b)."""
+    """x W (+ b). As published, output layers (with a bias) start uniform, the others truncated normal."""
 
     weight: Float[Array, "i o"]
     bias: Float[Array, " o"] | None
@@ -42,7 +55,7 @@ class Linear(eqx.Module):
     def __init__(
         self, key: PRNGKeyArray, fan_in: int, fan_out: int, *, bias: bool = True, outscale: float = 1.0
     ):
-        self.weight = truncated_normal(key, fan_in, fan_out, outscale)
+        self.weight = (uniform if bias else truncated_normal)(key, (fan_in, fan_out), outscale)
         self.bias = jnp.zeros(fan_out) if bias else None
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:

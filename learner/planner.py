@@ -1,4 +1,4 @@
-"""Constrained cross-entropy planning for one state (OSRP); `jax.vmap` gives the batch.
+"""Constrained cross-entropy planning for one state (OSRP, OSRP-Lag, CEM); `jax.vmap` gives the batch.
 
 Source: SafeDreamer, alg. 1 and section 5.1, with the named deviations of ALGORITHM.md section 3.
 """
@@ -22,8 +22,16 @@ from learner.world_model import WorldModel
 class Scores(NamedTuple):
     """What the planner knows of every candidate."""
 
+    objective: Float[Array, " S"]  # lambda-return at the first state, less the penalty on its cost return
     return_: Float[Array, " S"]  # lambda-return at the first state
     cost: Float[Array, " S"]  # predicted costs, summed and scaled to an episode
+
+
+class Penalty(NamedTuple):
+    """A Lagrange multiplier on the cost lambda-return of a plan (OSRP-Lag)."""
+
+    critic: Critic  # of costs
+    multiplier: Float[Array, ""]
 
 
 class Plan(NamedTuple):
@@ -48,7 +56,8 @@ def plan(
 
     Each iteration draws `cfg.samples` sequences around the mean, adds the proposals, keeps
     `cfg.elites` of them (see `elite_indices`) and moves:
-    mean <- m mean + (1 - m) mean(elites), std <- std(elites).
+    mean <- m mean + (1 - m) E[elites], std <- std(elites), both weighted by
+    exp(temperature (objective - best)): equally at temperature 0 (OSRP), softly above (CEM).
 
     Args:
         score: values candidate sequences from the present state.
@@ -64,16 +73,17 @@ def plan(
         candidates = jnp.concatenate([drawn, proposals])
         scores = score(candidates, key_score)
         safe = scores.cost <= cost_limit
-        elites = elite_indices(scores.return_, scores.cost, safe, cfg.elites)
-        chosen = candidates[elites]
-        mean = cfg.momentum * mean + (1 - cfg.momentum) * chosen.mean(0)
+        elites = elite_indices(scores.objective, scores.cost, safe, cfg.elites)
+        weights = jax.nn.softmax(cfg.temperature * scores.objective[elites])
+        center, std = _moments(candidates[elites], weights)
+        mean = cfg.momentum * mean + (1 - cfg.momentum) * center
         stats = {
             "num_safe": safe.sum().astype(jnp.float32),
             "return": scores.return_[elites].mean(),
             "cost": scores.cost[elites].mean(),
-            "std": chosen.std(0).mean(),
+            "std": std.mean(),
         }
-        return (mean, chosen.std(0)), stats
+        return (mean, std), stats
 
     std = jnp.full_like(mean, cfg.init_std)
     (mean, _), stats = jax.lax.scan(iterate, (mean, std), jax.random.split(key, cfg.iterations))
@@ -94,6 +104,15 @@ def elite_indices(
     return jnp.where(safe.sum() >= count, best_safe, cheapest)
 
 
+def _moments(
+    elites: Float[Array, "k H+1 A"], weights: Float[Array, " k"]
+) -> tuple[Float[Array, "H+1 A"], Float[Array, "H+1 A"]]:
+    """Weighted mean and standard deviation over the first axis."""
+    weights = weights[:, None, None]
+    mean = (weights * elites).sum(0)
+    return mean, jnp.sqrt((weights * jnp.square(elites - mean)).sum(0))
+
+
 def shift(mean: Float[Array, "H+1 A"]) -> Float[Array, "H+1 A"]:
     """Last decision's plan, one step on; the last row is repeated."""
     return jnp.concatenate([mean[1:], mean[-1:]])
@@ -107,8 +126,12 @@ def model_score(
     cfg: PlannerConfig,
     behavior: BehaviorConfig,
     features: Features = LATENT,
+    penalty: Penalty | None = None,
 ) -> Score:
-    """Scores candidates by rolling the world model's prior from one state."""
+    """Scores candidates by rolling the world model's prior from one state.
+
+    objective = J_R, or J_R - multiplier J_C with both lambda-returns at the first state (OSRP-Lag).
+    """
 
     def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:
         count, horizon = candidates.shape[0], cfg.horizon
@@ -121,12 +144,18 @@ def model_score(
         actions = candidates.swapaxes(0, 1)[:horizon]
         _, states = jax.lax.scan(step, _repeat(start, count), (actions, gumbel))
         discount = behavior.gamma * model.cont(states.latent).mode
-        value = critic.value(features.read(states)).mean
-        reward = model.reward(states.latent).mean
-        return_ = lambda_return(reward, value, discount, behavior.lambda_)[0]
-        cost = cost_model(model, states).sum(0)
+        feat = features.read(states)
+
+        def first_return(signal: Array, judge: Critic) -> Float[Array, " S"]:
+            return lambda_return(signal, judge.value(feat).mean, discount, behavior.lambda_)[0]
+
+        return_ = first_return(model.reward(states.latent).mean, critic)
+        cost = cost_model(model, states)
+        objective = return_
+        if penalty is not None:
+            objective = return_ - penalty.multiplier * first_return(cost, penalty.critic)
         scale = cfg.cost_scale_length / horizon if cfg.cost_scale_length else 1.0
-        return Scores(return_, cost * scale)
+        return Scores(objective, return_, scale * cost.sum(0))
 
     return score
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from common.config import BehaviorConfig, PlannerConfig
-from common.types import VECTOR, Policy
+from common.types import Policy
 from learner import planner
 from learner.actor_critic import Actor, Critic
 from learner.cost_model import LATENT, CostModel, Features, Look, State, look_away
@@ -19,11 +19,13 @@ from learner.world_model import WorldModel
 
 
 class ActingParams(NamedTuple):
-    """What the learner broadcasts. The critic is None where the actor acts: it needs none."""
+    """What the learner broadcasts; None for what the acting policy does not need."""
 
     model: WorldModel
     actor: Actor
-    critic: Critic | None
+    critic: Critic | None = None
+    cost_critic: Critic | None = None
+    multiplier: Float[Array, ""] | None = None  # on a plan's cost return
 
 
 class Carry(NamedTuple):
@@ -65,7 +67,7 @@ def make_policy(
         gumbel = jax.random.gumbel(key_state, carry.latent.stoch.shape)
         latent = rssm.obs_step(carry.latent, carry.action, is_first, embed, gumbel)
         previous = jnp.where(is_first[:, None, None], 0.0, carry.plan)
-        action, plan_, stats = choose(params, State(latent, look(obs[VECTOR])), previous, key_choice)
+        action, plan_, stats = choose(params, State(latent, look(obs)), previous, key_choice)
         action = jnp.clip(action, -1.0, 1.0)
         return Carry(latent, action, plan_), action, stats
 
@@ -89,24 +91,38 @@ def planner_choice(
     cfg: PlannerConfig,
     behavior: BehaviorConfig,
     cost_limit: float,
+    *,
+    explore: bool,
     features: Features = LATENT,
 ) -> Choose:
-    """The constrained planner, vmapped over environments; the action is the plan's first row."""
+    """The constrained planner, vmapped over environments.
+
+    The action is the plan's first row, with `cfg.exploration` noise on top while exploring.
+    """
     proposals = int(cfg.mixture_coef * cfg.samples)
 
     def plan_one(params: ActingParams, state: State, previous: Array, key: PRNGKeyArray) -> planner.Plan:
         assert params.critic is not None
         key_actor, key_plan = jax.random.split(key)
-        score = planner.model_score(params.model, params.critic, cost_model, state, cfg, behavior, features)
+        penalty = None
+        if params.cost_critic is not None and params.multiplier is not None:
+            penalty = planner.Penalty(params.cost_critic, params.multiplier)
+        score = planner.model_score(
+            params.model, params.critic, cost_model, state, cfg, behavior, features, penalty
+        )
         sequences = planner.actor_proposals(
             params.model, params.actor, state, proposals, cfg.horizon, key_actor, features
         )
         return planner.plan(score, planner.shift(previous), sequences, key_plan, cfg, cost_limit)
 
     def choose(params: ActingParams, state: State, plan: Array, key: PRNGKeyArray) -> tuple:
-        keys = jax.random.split(key, plan.shape[0])
+        key_noise, key_plan = jax.random.split(key)
+        keys = jax.random.split(key_plan, plan.shape[0])
         result = jax.vmap(plan_one, in_axes=(None, 0, 0, 0))(params, state, plan, keys)
         stats = {f"plan/{name}": x.mean() for name, x in result.stats.items()}
-        return result.mean[:, 0], result.mean, stats
+        action = result.mean[:, 0]
+        if explore and cfg.exploration:
+            action = action + cfg.exploration * jax.random.normal(key_noise, action.shape)
+        return action, result.mean, stats
 
     return choose

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from common.config import BehaviorConfig, Config
-from common.types import VECTOR, Batch, EnvSpec
+from common.types import Batch, EnvSpec
 from learner.actor_critic import Actor, Critic, Outcome, Signal, critic_loss, evaluate, imagine
 from learner.cost_model import LATENT, CostModel, Features, Look, State, look_away
 from learner.lagrange import Constraint
@@ -44,6 +44,13 @@ class TrainState(NamedTuple):
     key: PRNGKeyArray
 
 
+class Shared(NamedTuple):
+    """What is broadcast besides world model and actor."""
+
+    critic: bool  # a planner values the end of its plans
+    penalty: bool  # its objective has a Lagrange multiplier on the cost return
+
+
 @dataclass(frozen=True)
 class TrainStep:
     """The trainable system: how its state starts, how it moves, what it broadcasts."""
@@ -51,8 +58,10 @@ class TrainStep:
     spec: EnvSpec
     cfg: Config
     constraint: Constraint
-    cost_model: CostModel | None  # None: the method knows no cost
-    learn_cost: bool
+    cost_model: CostModel
+    learn_cost: bool  # a cost head in the world model
+    value_cost: bool  # a cost critic: for a constraint, a penalty, or as the published methods have one
+    shared: Shared
     features: Features = LATENT
     look: Look = look_away  # finds the hazards that imagination tracks; motion is learned to do so
 
@@ -71,7 +80,7 @@ class TrainStep:
         actor = Actor(key_actor, feat, self.spec.action_size, cfg.behavior)
         critic = Critic(key_critic, feat, cfg.behavior, cfg.world_model)
         cost_critic = None
-        if self.cost_model is not None:
+        if self.value_cost:
             cost_critic = Critic(key_cost, feat, cfg.behavior, cfg.world_model)
         optimizers = self._optimizers()
         return TrainState(
@@ -102,9 +111,7 @@ class TrainStep:
         model, model_opt, norm = optimizers.model.update(state.model, grads, state.model_opt)
         metrics["grad/model"] = norm
 
-        start, cont = _starts(
-            State(observed.latents, self.look(batch[VECTOR])), batch, self.cfg.behavior, key_start
-        )
+        start, cont = _starts(State(observed.latents, self.look(batch)), batch, self.cfg.behavior, key_start)
         (actor_loss, (outcome, moments, cost_moments, violation, more)), grads = jax.value_and_grad(
             self._actor_loss, has_aux=True
         )(state.actor, model, state, start, cont, key_imagine)
@@ -148,8 +155,13 @@ class TrainStep:
 
     def acting(self, state: TrainState) -> ActingParams:
         """Parameters that a policy needs, for broadcasting."""
-        critic = state.critic if self.cfg.policy == "planner" else None
-        return ActingParams(state.model, state.actor, critic)
+        return ActingParams(
+            state.model,
+            state.actor,
+            state.critic if self.shared.critic else None,
+            state.cost_critic if self.shared.penalty else None,
+            state.multiplier.multiplier if self.shared.penalty else None,
+        )
 
     def _actor_loss(
         self,
@@ -164,7 +176,7 @@ class TrainStep:
         cfg = self.cfg.behavior
         imagined = imagine(model, actor, start, cfg.horizon, key, self.features)
         critics = (state.critic, state.cost_critic)
-        outcome = evaluate(imagined, cont, model, *critics, self.cost_model or _no_cost, cfg, self.features)
+        outcome = evaluate(imagined, cont, model, *critics, self.cost_model, cfg, self.features)
         moments = _follow(state.moments, outcome.reward, cfg)
         reward = outcome.reward._replace(scale=moments.scale)
         cost_moments = state.cost_moments
@@ -221,8 +233,7 @@ class _Optimizers(NamedTuple):
 def _starts(states: State, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[State, Array]:
     """Imagination starts [N, ...]: every posterior of the batch, or a random part of them."""
     cont = 1.0 - batch["is_terminal"].reshape(-1).astype(jnp.float32)
-    # Counted out: -1 has no meaning for arrays without elements (hazards that nobody tracks).
-    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(cont.size, *x.shape[2:]), states)
+    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(-1, *x.shape[2:]), states)
     if not 0 < cfg.imagine_starts < cont.shape[0]:
         return flat, cont
     chosen = jax.random.permutation(key, cont.shape[0])[: cfg.imagine_starts]
@@ -231,10 +242,6 @@ def _starts(states: State, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray)
 
 def _follow(moments: Moments, signal: Signal, cfg: BehaviorConfig) -> Moments:
     return moments.update(jax.lax.stop_gradient(signal.return_), cfg.moments_decay)
-
-
-def _no_cost(model: WorldModel, state: State) -> Array:
-    raise TypeError("the method has no cost model")
 
 
 def _keep_if_finite(

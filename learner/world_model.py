@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from common.config import WorldModelConfig
 from common.types import VECTOR, Batch, EnvSpec
+from learner.codec import Decoder, Encoder, Obs, stack_images
 from learner.distributions import Bernoulli, OneHot, TwoHot
 from learner.geometry import heading_of, relative_motion
-from learner.layers import MLP, Head, symexp, symlog
+from learner.layers import Head, symexp, symlog
 from learner.rssm import RSSM, Latent
 
 _MOTION_UNIT = 0.1  # m and rad: what a robot moves and turns in an agent step, about
@@ -36,14 +37,15 @@ class WorldModel(eqx.Module):
     `cost_head` is None when costs are not learned (unsafe methods, geometric cost).
     """
 
-    encoder: MLP
+    encoder: Encoder
     rssm: RSSM
-    decoder: Head
+    decoder: Decoder
     reward_head: Head
     cost_head: Head | None
     cont_head: Head
     motion_head: Head | None
     cfg: WorldModelConfig = eqx.field(static=True)
+    obs_keys: tuple[str, ...] = eqx.field(static=True)
     geometry: tuple[tuple[int, int], ...] = eqx.field(static=True)  # slices of positions in the vector
     pose: tuple[tuple[int, int], ...] = eqx.field(static=True)  # slices of the robot's position and rotation
 
@@ -57,13 +59,13 @@ class WorldModel(eqx.Module):
         learn_motion: bool = False,
     ):
         keys = jax.random.split(key, 7)
-        vector = spec.obs[VECTOR].shape[0]
         feat = cfg.deter + cfg.stoch * cfg.classes
         self.cfg = cfg
         self.geometry = tuple(spec.slices[name] for name in _GEOMETRY if name in spec.slices)
-        self.encoder = MLP(keys[0], vector, cfg.encoder_units, cfg.encoder_layers)
-        self.rssm = RSSM(keys[1], cfg, spec.action_size, cfg.encoder_units)
-        self.decoder = Head(keys[2], feat, cfg.encoder_units, cfg.encoder_layers, vector)
+        self.obs_keys = tuple(spec.obs)
+        self.encoder = Encoder(keys[0], spec, cfg)
+        self.rssm = RSSM(keys[1], cfg, spec.action_size, self.encoder.size)
+        self.decoder = Decoder(keys[2], spec, cfg, feat)
         self.reward_head = Head(keys[3], feat, cfg.units, cfg.head_layers, cfg.bins, outscale=0.0)
         self.cost_head = Head(keys[4], feat, cfg.units, cfg.head_layers, cfg.bins) if learn_cost else None
         self.cont_head = Head(keys[5], feat, cfg.units, cfg.head_layers, 1)
@@ -72,13 +74,23 @@ class WorldModel(eqx.Module):
         if learn_motion:
             self.motion_head = Head(keys[6], cfg.deter, cfg.units, cfg.head_layers + 1, 3)
 
-    def encode(self, obs: dict[str, Float[Array, "*n O"]]) -> Float[Array, "*n E"]:
-        return self.encoder(symlog(obs[VECTOR]))
+    def encode(self, obs: Obs) -> Float[Array, "*n E"]:
+        return self.encoder(obs)
 
-    def decode(self, latent: Latent) -> Float[Array, "*n O"]:
+    def decode_vector(self, latent: Latent) -> Float[Array, "*n O"]:
         """Predicted state observation, in the environment's units."""
-        x = self.decoder(latent.feat)
+        if self.decoder.vector is None:
+            raise TypeError("this world model observes images alone")
+        x = self.decoder.vector(latent.feat)
         return symexp(x) if self.cfg.decoder_space == "symlog" else x
+
+    def decode_images(self, latent: Latent) -> dict[str, Float[Array, "*n h w c"]]:
+        """Predicted images by their names, values around 0 to 1; none where there are no cameras."""
+        if self.decoder.images is None:
+            return {}
+        keys = self.encoder.image_keys
+        images = jnp.split(self.decoder.images(latent.feat), len(keys), -1)
+        return dict(zip(keys, images, strict=True))
 
     def reward(self, latent: Latent) -> TwoHot:
         return TwoHot(self.reward_head(latent.feat), two_hot_bins(self.cfg))
@@ -107,7 +119,7 @@ class WorldModel(eqx.Module):
 
     def observe(self, batch: Batch, key: PRNGKeyArray) -> Observed:
         """Filters a batch [B, T, ...] of replayed windows."""
-        embed = self.encode({name: batch[name] for name in (VECTOR,)})
+        embed = self.encode({name: batch[name] for name in self.obs_keys})
         latents, posterior, prior = self.rssm.observe(embed, batch["action"], batch["is_first"], key)
         return Observed(latents, posterior, prior)
 
@@ -121,7 +133,7 @@ class WorldModel(eqx.Module):
         observed = self.observe(batch, key)
         latents, posterior, prior = observed
         losses = {
-            "vector": cfg.vector_loss_scale * self._vector_loss(latents, batch[VECTOR]),
+            **self._reconstruction_losses(latents, batch),
             "reward": -self.reward(latents).log_prob(batch["reward"]),
             "cont": -self.cont(latents).log_prob(1.0 - batch["is_terminal"]),
             **kl_losses(posterior, prior, cfg),
@@ -146,14 +158,26 @@ class WorldModel(eqx.Module):
         error = jnp.square(self._motion(latents)[:, 1:] - target).sum(-1)
         return jnp.where(batch["is_first"][:, 1:], 0.0, error)
 
-    def _vector_loss(self, latents: Latent, target: Float[Array, "B T O"]) -> Float[Array, "B T"]:
-        prediction = self.decoder(latents.feat)
-        if self.cfg.decoder_space == "symlog":
-            target = symlog(target)
-        weight = jnp.ones(target.shape[-1])
+    def _reconstruction_losses(self, latents: Latent, batch: Batch) -> dict[str, Float[Array, "B T"]]:
+        """Squared errors, summed over an observation's numbers: of all images in 0..1, of the vector."""
+        cfg, feat, losses = self.cfg, latents.feat, {}
+        if self.decoder.images is not None:
+            target = stack_images(batch, self.encoder.image_keys)
+            error = jnp.square(self.decoder.images(feat) - target).sum((-3, -2, -1))
+            losses["image"] = cfg.image_loss_scale * error
+        if self.decoder.vector is not None:
+            target = symlog(batch[VECTOR]) if cfg.decoder_space == "symlog" else batch[VECTOR]
+            error = (self._weight() * jnp.square(self.decoder.vector(feat) - target)).sum(-1)
+            losses["vector"] = cfg.vector_loss_scale * error
+        return losses
+
+    def _weight(self) -> Float[Array, " O"]:
+        """Of every number of the vector in its loss: positions may weigh more than sensors."""
+        assert self.decoder.vector is not None
+        weight = jnp.ones(self.decoder.vector.out.weight.shape[1])
         for start, stop in self.geometry:
             weight = weight.at[start:stop].set(self.cfg.geometry_loss_scale)
-        return (weight * jnp.square(prediction - target)).sum(-1)
+        return weight
 
 
 def two_hot_bins(cfg: WorldModelConfig) -> Float[Array, " bins"]:

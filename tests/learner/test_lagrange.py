@@ -158,12 +158,12 @@ def test_pid_falling_costs_are_no_reward() -> None:
 
 
 def test_pid_waits_while_warming_up() -> None:
-    (waiting,) = run(dataclasses.replace(PID, cost_decay=0.5), [10.0], env_steps=99)
+    (waiting,) = run(dataclasses.replace(PID, cost_decay=0.5), [10.0], env_steps=100)
     assert float(waiting.average) == 5.0
     assert float(waiting.multiplier) == 0.0
     np.testing.assert_allclose((waiting.integral, waiting.proportional, waiting.derivative), (0.001, 0, 0))
     np.testing.assert_array_equal(waiting.history, np.zeros(10))
-    (moving,) = run(PID, [10.0], env_steps=100)
+    (moving,) = run(PID, [10.0], env_steps=101)
     assert float(moving.multiplier) > 0.0
 
 

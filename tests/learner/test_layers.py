@@ -26,10 +26,10 @@ def test_symexp_inverts_symlog(values: list[float]) -> None:
 
 
 def test_truncated_normal_has_the_published_spread() -> None:
-    kernel = np.asarray(truncated_normal(KEY, 96, 32, 1.0))
+    kernel = np.asarray(truncated_normal(KEY, (96, 32)))
     assert kernel.std() == pytest.approx(np.sqrt(1 / 64), rel=0.03)
     assert np.abs(kernel).max() <= 2 * np.sqrt(1 / 64) / 0.8796256 + 1e-6
-    quarter = truncated_normal(KEY, 96, 32, 0.25)
+    quarter = truncated_normal(KEY, (96, 32), 0.25)
     np.testing.assert_allclose(quarter, kernel / 2, rtol=1e-5)
 
 

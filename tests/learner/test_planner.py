@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.config import PlannerConfig
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import State, learned_cost, look_away
+from learner.cost_model import State, learned_cost
 from learner.planner import Plan, Scores, actor_proposals, elite_indices, model_score, plan, shift
 from learner.returns import lambda_return
 from learner.world_model import WorldModel
@@ -85,7 +85,7 @@ SEARCH = PlannerConfig(samples=128, elites=12, iterations=8, horizon=2)
 def towards_half(candidates: jax.Array, key: jax.Array) -> Scores:
     """Best: every action 0.5. The first action's x costs what it has above 0.2."""
     return_ = -jnp.square(candidates[:, :2] - 0.5).sum((1, 2))
-    return Scores(return_, jnp.maximum(0.0, candidates[:, 0, 0] - 0.2))
+    return Scores(return_, return_, jnp.maximum(0.0, candidates[:, 0, 0] - 0.2))
 
 
 run = jax.jit(plan, static_argnums=(0, 4, 5))
@@ -115,7 +115,8 @@ def test_reaches_safety_from_an_unsafe_plan() -> None:
 def test_candidates_are_clipped() -> None:
     def score(candidates: jax.Array, key: jax.Array) -> Scores:
         outside = (jnp.abs(candidates) > 1.0).any((1, 2))
-        return Scores(candidates.sum((1, 2)), outside.astype(jnp.float32))
+        return_ = candidates.sum((1, 2))
+        return Scores(return_, return_, outside.astype(jnp.float32))
 
     result = run(score, jnp.full((ROWS, 2), 0.9), NO_PROPOSALS, KEY, SEARCH, 0.0)
     assert float(result.stats["num_safe"]) == SEARCH.samples
@@ -123,7 +124,8 @@ def test_candidates_are_clipped() -> None:
 
 
 def by_first_action(candidates: jax.Array, key: jax.Array) -> Scores:
-    return Scores(candidates[:, 0, 0], jnp.zeros(candidates.shape[0]))
+    return_ = candidates[:, 0, 0]
+    return Scores(return_, return_, jnp.zeros(candidates.shape[0]))
 
 
 def plan_among_two_proposals(momentum: float) -> Plan:
@@ -146,7 +148,8 @@ def test_stats_by_hand() -> None:
 def test_the_spread_of_the_elites_is_the_next_std() -> None:
     def score(candidates: jax.Array, key: jax.Array) -> Scores:
         spread = candidates.std(0).max()
-        return Scores(candidates[:, 0, 0], jnp.full(candidates.shape[0], spread))
+        return_ = candidates[:, 0, 0]
+        return Scores(return_, return_, jnp.full(candidates.shape[0], spread))
 
     # A single elite has no spread: all candidates of the second iteration are alike.
     cfg = PlannerConfig(samples=16, elites=1, iterations=2, horizon=2, momentum=0.0)
@@ -171,7 +174,7 @@ def model() -> WorldModel:
 
 @pytest.fixture(scope="module")
 def start(model: WorldModel) -> State:
-    return State(model.rssm.initial(), look_away(jnp.zeros(6)))
+    return State(model.rssm.initial(), None)
 
 
 def test_scores_follow_the_model(model: WorldModel, start: State) -> None:
@@ -196,7 +199,7 @@ def test_scores_follow_the_model(model: WorldModel, start: State) -> None:
         path = jax.tree.map(lambda *x: jnp.stack(x), *latents)
         discount = BEHAVIOR.gamma * model.cont(path).mode
         return_ = lambda_return(model.reward(path).mean, critic.value(path.feat).mean, discount, 0.95)[0]
-        return Scores(return_, model.cost(path).mean.sum(0))
+        return Scores(return_, return_, model.cost(path).mean.sum(0))
 
     candidates = np.random.default_rng(0).uniform(-1, 1, (5, 4, 2)).astype(np.float32)
     expected = by_hand(candidates)

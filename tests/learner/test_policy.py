@@ -27,7 +27,7 @@ def build(choose: Any, rows: int) -> Policy:
 
 EXPLORING = build(actor_choice(explore=True), 0)
 EVALUATING = build(actor_choice(explore=False), 0)
-PLANNING = build(planner_choice(learned_cost, PLANNER, BEHAVIOR, 2.0), ROWS)
+PLANNING = build(planner_choice(learned_cost, PLANNER, BEHAVIOR, 2.0, explore=False), ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_plan_starts_from_the_last_one_shifted(
     monkeypatch.setattr(planner, "plan", lambda score, mean, *rest: planner.Plan(mean, {}))
     carry = some_carry(ROWS)
     flags = np.array([False, True, False])
-    policy = build(planner_choice(learned_cost, PLANNER, BEHAVIOR, 2.0), ROWS)
+    policy = build(planner_choice(learned_cost, PLANNER, BEHAVIOR, 2.0, explore=False), ROWS)
     following, actions, _ = policy.act(params, carry, observation(), flags, KEY)
     for i in (0, 2):
         expected = np.concatenate([carry.plan[i, 1:], carry.plan[i, -1:]])

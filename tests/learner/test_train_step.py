@@ -16,14 +16,13 @@ from learner.cost_model import (
     State,
     learned_cost,
     look_at,
-    look_away,
     nearest_hazards,
     tracked_hazards,
 )
 from learner.lagrange import Constraint, augmented, augmented_update, unconstrained
 from learner.returns import Moments
 from learner.rssm import Latent
-from learner.train_step import TrainState, TrainStep, _starts
+from learner.train_step import Shared, TrainState, TrainStep, _starts
 from tests.learner.tiny import BEHAVIOR, CONFIG, FEAT, SPEC, batch
 
 AUGMENTED = AugmentedConfig(multiplier=0.5, penalty=0.05)
@@ -32,8 +31,12 @@ CONSTRAINT = augmented(AUGMENTED, cost_limit=2.0)
 Step = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
 
-def build(cfg: Config = CONFIG, constraint: Constraint = CONSTRAINT, *, costs: bool = True) -> TrainStep:
-    return TrainStep(SPEC, cfg, constraint, learned_cost if costs else None, learn_cost=costs)
+def build(
+    cfg: Config = CONFIG, constraint: Constraint = CONSTRAINT, *, costs: bool = True, plans: bool = False
+) -> TrainStep:
+    return TrainStep(
+        SPEC, cfg, constraint, learned_cost, learn_cost=costs, value_cost=costs, shared=Shared(plans, False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +176,7 @@ def test_actor_loss_by_hand(start: TrainState) -> None:
     train = build(cfg)
     state = start._replace(moments=Moments(jnp.array(-2.0), jnp.array(2.0)))
     latents = jax.tree.map(lambda x: x + 0.1, state.model.rssm.initial(3))
-    begin = State(latents, look_away(jnp.zeros((3, 6))))
+    begin = State(latents, None)
     cont = jnp.array([1.0, 0.0, 1.0])
     key = jax.random.PRNGKey(0)
 
@@ -213,19 +216,28 @@ def test_a_method_without_costs_has_no_cost_critic() -> None:
 def test_a_method_that_tracks_hazards_learns_motion() -> None:
     slices = {"hazards": (0, 4), "position": (4, 6), "rotation": (6, 8)}
     spec = dataclasses.replace(SPEC, obs={"vector": ArraySpec((8,))}, slices=slices)
-    tracking = (tracked_hazards(0.25), False, nearest_hazards(2), look_at((0, 4)))
-    train = TrainStep(spec, CONFIG, CONSTRAINT, *tracking)
+    train = TrainStep(
+        spec,
+        CONFIG,
+        CONSTRAINT,
+        tracked_hazards(0.25),
+        learn_cost=False,
+        value_cost=True,
+        shared=Shared(False, False),
+        features=nearest_hazards(2),
+        look=look_at((0, 4)),
+    )
     before = jax.eval_shape(train.init, 0)
     data = batch() | {"vector": np.zeros((2, 4, 8), np.float32)}
     after, metrics = jax.eval_shape(train.step, before, data)
     assert "loss/motion" in metrics
-    assert before.actor.head.mlp.layers[0].linear.weight.shape[0] == FEAT + 2 * 3
+    assert before.actor.mlp.layers[0].linear.weight.shape[0] == FEAT + 2 * 3
     assert jax.tree.structure(after) == jax.tree.structure(before)
 
 
 def test_only_a_planner_is_sent_the_critic(start: TrainState) -> None:
     assert build().acting(start).critic is None
-    acting = build(dataclasses.replace(CONFIG, policy="planner")).acting(start)
+    acting = build(plans=True).acting(start)
     assert acting.critic is start.critic
     assert (acting.model, acting.actor) == (start.model, start.actor)
 
@@ -254,5 +266,6 @@ def test_imagination_starts_from_a_part_of_the_batch() -> None:
     chosen = np.asarray(start.latent.deter[:, 0])
     assert len(set(chosen)) == 3
     assert set(chosen) <= set(range(8))
+    assert start.hazards is not None
     np.testing.assert_array_equal(start.hazards[:, 0, 0], chosen)  # latent, hazards and cont stay together
     np.testing.assert_array_equal(cont, 1 - chosen % 2)
