@@ -312,7 +312,18 @@ _T = Any  # a dataclass instance
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a number, as YAML 1.2 does and YAML 1.1 does not."""
+    """SafeLoader that reads `1e-3` as a number, as YAML 1.2 does and YAML 1.1 does not, and refuses a key
+    that stands twice in one mapping: the first one's settings would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        names = [key.value for key in keys]
+        for key in keys:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{key.value}` stands twice in one group", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -146,6 +146,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path):
         ("- seed\n- 1", "must hold `name: value` lines, not a list"),
         ("seed 1", "must hold `name: value` lines, not a str"),
         (b"\xff\xfe\x00", "cannot be read as YAML"),
+        ("learner: {prefill: 1}\nlearner: {batch_size: 2}", "`learner` stands twice in one group"),
         ("a: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
     ],
 )
