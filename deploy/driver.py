@@ -167,7 +167,7 @@ class Driver:
         prefill = 0 if started.meta else math.ceil(self._cfg.learner.prefill / self._cfg.actors.count)
         for index in range(self._cfg.actors.count):
             self._launch_actor(index, self._counters.env_steps, prefill)
-        self._clock = self._logged_at = self._saved_at = time.monotonic()
+        self._logged_at = self._saved_at = time.monotonic()
         self._learn()
 
     def _launch_actor(self, index: int, life: int, prefill: int) -> None:

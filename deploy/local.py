@@ -159,6 +159,7 @@ def start_ray() -> None:
         with signals.held_back():  # Ray would take the handler of SIGTERM, and its processes would see Ctrl-C
             ray.init(
                 address="local",
+                _node_ip_address="127.0.0.1",  # nobody else shall reach it, and it needs no network
                 include_dashboard=False,
                 configure_logging=True,
                 logging_level="error",
