@@ -124,6 +124,8 @@ class BehaviorConfig:
     """Imagination starts per update, drawn from the batch; 0 takes every state."""
     gamma: float = 1 - 1 / 333
     """Discount per agent step."""
+    cost_gamma: float = 0.0
+    """Discount of costs per agent step (ours: hazards are near); 0: as for rewards (published)."""
     lambda_: float = 0.95
     """Mixing of the lambda-return."""
     entropy: float = 3e-4
@@ -188,7 +190,7 @@ class SafetyConfig:
     """Where imagined costs come from: no cost at all, a learned head, decoded hazards (OSRP-Vector), or
     hazards as observed where imagination starts and the robot's predicted displacement."""
     constraint: Literal["none", "augmented", "pid"] = "none"
-    """Constraint on the actor's objective."""
+    """Constraint on the actor's objective, also where it only proposes plans."""
     penalty: Literal["none", "pid"] = "none"
     """Multiplier on the cost return in the planner's objective (OSRP-Lag)."""
     cost_limit: float = 2.0
@@ -526,8 +528,8 @@ def _problems(config: Config) -> Iterable[str]:
         yield f"safety.penalty {safety.penalty} needs costs: safety.cost_model learned or geometric"
     if config.policy == "actor" and safety.penalty != "none":
         yield "safety.penalty shapes plans: use it with policy planner, or safety.constraint pid"
-    if config.policy == "planner" and safety.constraint != "none":
-        yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit"
+    if safety.penalty != "none" and safety.constraint != "none":
+        yield "safety.penalty and safety.constraint would move one multiplier: choose one of them"
     if safety.cost_model in ("geometric", "tracked") and "coordinates" not in config.env.observation.split(
         "+"
     ):
@@ -538,6 +540,7 @@ def _problems(config: Config) -> Iterable[str]:
 
 
 _SHARES = {
+    "behavior.cost_gamma",
     "behavior.gamma",
     "behavior.lambda_",
     "behavior.slow_rate",
@@ -555,6 +558,7 @@ _MAY_BE_ZERO = {
     "world_model.free_nats",
     "world_model.dyn_scale",
     "world_model.rep_scale",
+    "behavior.cost_gamma",
     "behavior.imagine_starts",
     "behavior.entropy",
     "behavior.lambda_",

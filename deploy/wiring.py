@@ -41,7 +41,6 @@ CONSTRAINTS: dict[str, Callable[[SafetyConfig], Constraint]] = {
 
 # A planner's penalty; the actor behind it maximises reward alone.
 PENALTIES: dict[str, Callable[[SafetyConfig], Constraint]] = {
-    "none": lambda safety: unconstrained(),
     "pid": lambda safety: pid_penalty(safety.pid, safety.cost_limit),
 }
 
@@ -105,23 +104,23 @@ def _planner(cfg: Config, spec: EnvSpec, explore: bool) -> Choose:
 
 
 class Way(NamedTuple):
-    """A way to act: how it chooses, what constrains the training behind it, and what it must be sent."""
+    """A way to act: how it chooses, and what it must be sent."""
 
     choose: Callable[[Config, EnvSpec, bool], Choose]
-    constraint: Callable[[SafetyConfig], Constraint]
     shared: Callable[[SafetyConfig], Shared]
 
 
 POLICIES = {
-    "actor": Way(
-        _actor, lambda safety: CONSTRAINTS[safety.constraint](safety), lambda safety: Shared(False, False)
-    ),
-    "planner": Way(
-        _planner,
-        lambda safety: PENALTIES[safety.penalty](safety),
-        lambda safety: Shared(True, safety.penalty != "none"),
-    ),
+    "actor": Way(_actor, lambda safety: Shared(False, False)),
+    "planner": Way(_planner, lambda safety: Shared(True, safety.penalty != "none")),
 }
+
+
+def _constraint(safety: SafetyConfig) -> Constraint:
+    """Whatever moves the multiplier: the actor's constraint or the planner's penalty, never both."""
+    if safety.penalty != "none":
+        return PENALTIES[safety.penalty](safety)
+    return CONSTRAINTS[safety.constraint](safety)
 
 
 def spec_of(cfg: Config) -> EnvSpec:
@@ -139,7 +138,7 @@ def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
     return TrainStep(
         spec=spec,
         cfg=cfg,
-        constraint=way.constraint(safety),
+        constraint=_constraint(safety),
         cost_model=COST_MODELS[safety.cost_model](safety, spec),
         learn_cost=learn_cost,
         # As published, every method with a learned cost has a cost critic, OSRP-Vector has none.

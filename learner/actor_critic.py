@@ -151,12 +151,13 @@ def evaluate(
     feat = features.read(states)
     cont = jnp.concatenate([start_cont[None], model.cont(states.latent).mode[1:]])
     cont = jax.lax.stop_gradient(cont)
-    discount = cfg.gamma * cont[1:]
 
-    def signal(predicted: Array, judge: Critic) -> Signal:
+    def signal(predicted: Array, judge: Critic, gamma: float) -> Signal:
         value = judge.value(feat).mean
-        return Signal(lambda_return(predicted[1:], value[1:], discount, cfg.lambda_), value)
+        return Signal(lambda_return(predicted[1:], value[1:], gamma * cont[1:], cfg.lambda_), value)
 
-    reward = signal(model.reward(states.latent).mean, critic)
-    cost = None if cost_critic is None else signal(cost_model(model, states), cost_critic)
+    reward = signal(model.reward(states.latent).mean, critic, cfg.gamma)
+    cost = None
+    if cost_critic is not None:
+        cost = signal(cost_model(model, states), cost_critic, cfg.cost_gamma or cfg.gamma)
     return Outcome(feat, reward, cost, trajectory_weight(cont, cfg.gamma)[:-1])
