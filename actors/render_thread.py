@@ -115,7 +115,12 @@ def _add_marker(
     geom = scene.geoms[scene.ngeom]
     flat = np.eye(3) if mat is None else np.asarray(mat)
     mujoco.mjv_initGeom(
-        geom, type, np.asarray(size, float), np.asarray(pos, float), flat.ravel(), np.asarray(rgba, np.float32)
+        geom,
+        type,
+        np.asarray(size, float),
+        np.asarray(pos, float),
+        flat.ravel(),
+        np.asarray(rgba, np.float32),
     )
     geom.label = label
     scene.ngeom += 1
@@ -137,9 +142,7 @@ class RenderThread:
         self._jobs.put((job, future))
         return future.result()
 
-    def draw(
-        self, task: str, size: Size, make_model: Callable[[], Any], paint: Callable[[Canvas], _T]
-    ) -> _T:
+    def draw(self, task: str, size: Size, make_model: Callable[[], Any], paint: Callable[[Canvas], _T]) -> _T:
         """What `paint` returns for the canvas of a task and size.
 
         Args:
@@ -186,6 +189,7 @@ def shared() -> RenderThread:
     Raises `UserError` where no OpenGL context can be made.
     """
     global _shared
+    rendering.require_gl()
     with _lock:
         if _shared is None:
             thread = RenderThread()
