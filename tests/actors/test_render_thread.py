@@ -20,7 +20,7 @@ _WALL = """
   <worldbody>
     <camera pos="0 0 2"/>
     <geom type="box" size="3 3 .1" material="wall"/>
-    <geom type="box" size=".4 .4 .1" pos="0 .8 1" rgba="0 0 0 1"/>
+    <geom type="box" size=".1 .1 .1" pos="0 .3 1" rgba="0 0 0 1"/>
   </worldbody>
 </mujoco>
 """
@@ -81,8 +81,8 @@ def test_geoms_can_be_left_out_and_markers_added(thread):
     np.testing.assert_array_equal(paint.model.geom_group, groups)
     marker = {
         "type": mujoco.mjtGeom.mjGEOM_BOX,
-        "size": [0.4, 0.4, 0.1],
-        "pos": [0, -0.8, 1],
+        "size": [0.1, 0.1, 0.1],
+        "pos": [0, -0.3, 1],
         "rgba": [0, 0, 0, 1],
         "label": "",
     }

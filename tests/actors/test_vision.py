@@ -42,29 +42,31 @@ def scaled(env, action):
 
 @needs_gl
 @pytest.mark.parametrize(
-    ("task", "names"),
+    ("task", "names", "markers"),
     [
-        ("SafetyPointGoal1-v0", "vision"),
-        ("SafetyRacecarButton1-v0", "vision,vision_back"),  # gremlins and meshes, many of them unseen
-        ("SafetyAntGoal2-v0", "auto"),
+        ("SafetyPointGoal1-v0", "vision", True),
+        ("SafetyRacecarButton1-v0", "vision,vision_back", True),  # gremlins and meshes, many of them unseen
+        # The package's markers of lidar readings hang above the robot; one that leans as an ant does
+        # sees some of them, which would show it what it must not see.
+        ("SafetyAntGoal1-v0", "auto", False),
     ],
 )
-def test_frames_are_the_packages_across_resets(task, names):
+def test_frames_are_the_packages_across_resets(task, names, markers):
     ours = make_env(task, "vision", 4, SEED, cameras=names)
     with package(task, "vision", 64, 64) as theirs:
+        theirs.task.render_conf.lidar_markers = markers
         frames = [ours.reset()["image"]]
         theirs.reset(seed=SEED)
-        expected, costs = [theirs.render()], 0.0
+        expected = [theirs.render()]
         rng = np.random.default_rng(1)
-        for step in range(24):
+        for step in range(16):
             action = rng.uniform(-1.0, 1.0, ours.spec.action_size).astype(np.float32)
             outcome = ours.step(action)
             for _ in range(outcome.env_steps):
                 theirs.step(scaled(ours, action))
             frames.append(outcome.obs["image"])
             expected.append(theirs.render())
-            costs += outcome.cost
-            if outcome.terminated or step == 12:
+            if outcome.terminated or step == 9:
                 frames.append(ours.reset()["image"])
                 theirs.reset()
                 expected.append(theirs.render())
@@ -85,7 +87,8 @@ def test_the_outside_view_is_the_packages_also_beside_vision():
         costs, drawn = 0.0, []
         for _ in range(40):  # into a hazard, which draws a sphere around the robot
             x, y = theirs.task._ego_xy(hazard[:2])
-            action = np.array([1.0, np.arctan2(y, x)], np.float32)
+            angle = np.arctan2(y, x)
+            action = np.array([1.0 if abs(angle) < 0.5 else -0.2, angle], np.float32)
             outcome, unwatched = ours.step(action), seen.step(action)
             costs += outcome.cost
             for _ in range(5):
@@ -315,8 +318,6 @@ def test_both_backends_draw_and_leave_in_peace(backend, tmp_path):
     frames = np.load(tmp_path / "frames.npz")
     assert frames["outside"].shape == (240, 320, 3)
     for name in ("image", "image2"):
-        assert (frames[name][-1] == (239, 15, 57)).mean() > 0.3 or frames[name][
-            -1, :, 0
-        ].min() > 100  # the car
+        assert frames[name][-1, :, 0].min() > 100  # the red car
         assert frames[name][0].max() < 60  # the sky
         assert len(np.unique(frames[name].reshape(-1, 3), axis=0)) > 100
