@@ -30,7 +30,7 @@ def test_every_name_of_the_configuration_is_wired():
     assert set(wiring.CONSTRAINTS) == set(get_args(safety["constraint"]))
     assert set(wiring.COST_MODELS) == set(get_args(safety["cost_model"]))
     assert set(wiring.POLICIES) == set(get_args(config["policy"]))
-    assert tasks.OBSERVATIONS == get_args(get_type_hints(EnvConfig)["observation"])
+    assert get_args(get_type_hints(EnvConfig)["observation"]) == tasks.OBSERVATIONS
 
 
 @pytest.mark.parametrize("method", presets("method"))
@@ -102,9 +102,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seeds: list[int] = []
 
     class Capturing(LineEnv):
-        def __init__(self, task: str, observation: str, action_repeat: int, num_envs: int, seed: int):
-            super().__init__(task, observation, action_repeat, num_envs, seed)
-            seeds.append(seed)
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            seeds.append(args[4])
 
     monkeypatch.setattr(wiring, "env_spec", line_spec)
     monkeypatch.setattr(wiring, "SafetyVectorEnv", Capturing)
