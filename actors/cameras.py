@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ from actors.render_thread import Canvas
 from common.types import ArraySpec
 
 IMAGE_SIZE = 64  # pixels, width and height
+_REFLECT = np.array([1.0, 1.0, -1.0])
 
 # safety-gymnasium 1.0.0 has no rear cameras, and shows a free camera where one is asked for. These are
 # the mirror images of `vision`: on the other side of the robot's middle, looking backwards.
@@ -96,16 +98,14 @@ def in_view(model: Any, data: Any, camera: int) -> np.ndarray:
     draw them all, twice.
     """
     origin, rotation = data.cam_xpos[camera], data.cam_xmat[camera].reshape(3, 3)
-    half = np.deg2rad(model.cam_fovy[camera]) / 2
-    radius = 1.01 * model.geom_rbound + 0.01  # well on the safe side, m
-    seen = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE  # has no bounding sphere
-    for reflection in (1.0, -1.0):
-        centre = (data.geom_xpos * (1.0, 1.0, reflection) - origin) @ rotation
-        sideways = np.abs(centre[:, :2]).max(axis=1)
-        # Signed distance to the nearest side of the pyramid; the camera looks along -z.
-        outside = sideways * np.cos(half) + centre[:, 2] * np.sin(half)
-        seen |= (outside < radius) & (centre[:, 2] < radius)
-    return seen
+    half = math.radians(model.cam_fovy[camera]) / 2
+    positions = np.stack([data.geom_xpos, data.geom_xpos * _REFLECT])
+    x, y, z = np.moveaxis((positions - origin) @ rotation, -1, 0)  # right, up, backwards
+    # Signed distance to the pyramid's nearest side, or to its apex plane where that is farther.
+    outside = np.maximum(np.maximum(np.abs(x), np.abs(y)) * math.cos(half) + z * math.sin(half), z)
+    radius = 1.01 * model.geom_rbound + 0.01  # m, well on the safe side
+    is_plane = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE  # without a bounding sphere
+    return (outside < radius).any(axis=0) | is_plane
 
 
 class OutsideView:

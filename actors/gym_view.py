@@ -37,7 +37,7 @@ class GymView(gymnasium.Env):
         self.render_mode = render_mode
         spec = self._env.spec
         self._only_vector = list(spec.obs) == [VECTOR]
-        spaces = {name: _space(array) for name, array in spec.obs.items()}
+        spaces: dict[str, gymnasium.spaces.Space] = {name: _space(array) for name, array in spec.obs.items()}
         self.observation_space: gymnasium.spaces.Space = (
             spaces[VECTOR] if self._only_vector else gymnasium.spaces.Dict(spaces)
         )

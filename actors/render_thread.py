@@ -103,25 +103,17 @@ def _gl_context(width: int, height: int) -> Any:
         return importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
     except Exception as error:
         raise UserError(
-            f"OpenGL by MUJOCO_GL={backend} does not start ({error}); `safedreamer doctor` tells what works here."
+            f"OpenGL by MUJOCO_GL={backend} does not start ({error}); "
+            "`safedreamer doctor` tells what works here."
         ) from error
 
 
-def _add_marker(
-    scene: Any, type: Any, size: Any, pos: Any, rgba: Any, mat: Any = None, label: str = ""
-) -> None:
+def _add_marker(scene: Any, type: Any, size: Any, pos: Any, rgba: Any, label: str = "") -> None:
     if scene.ngeom >= scene.maxgeom:
         return  # markers are decoration
     geom = scene.geoms[scene.ngeom]
-    flat = np.eye(3) if mat is None else np.asarray(mat)
-    mujoco.mjv_initGeom(
-        geom,
-        type,
-        np.asarray(size, float),
-        np.asarray(pos, float),
-        flat.ravel(),
-        np.asarray(rgba, np.float32),
-    )
+    rotation = np.eye(3).ravel()
+    mujoco.mjv_initGeom(geom, type, np.array(size, float), np.array(pos, float), rotation, np.float32(rgba))
     geom.label = label
     scene.ngeom += 1
 
@@ -189,6 +181,7 @@ def shared() -> RenderThread:
     Raises `UserError` where no OpenGL context can be made.
     """
     global _shared
+    rendering.require_gl()
     with _lock:
         if _shared is None:
             thread = RenderThread()

@@ -100,7 +100,8 @@ def cameras(task: str, observation: str, names: str = "auto") -> tuple[str, ...]
     if match is None or "vision" not in sources(observation):
         if names != "auto":
             raise UserError(
-                f"The {observation} observation of {task} uses no cameras, but {names!r} are given."
+                f"The {observation} observation of {task} uses no cameras, but {names!r} are given: "
+                "choose one with vision, or leave --env.cameras out."
             )
         return ()
     known = CAMERAS[match[1]]

@@ -36,6 +36,7 @@ class ArraySpec:
 class EnvSpec:
     """What a learner and a replay server must know about an environment.
 
+    `obs` may hold "vector" (state) and "image", "image2", ... (one per camera, uint8 [64, 64, 3]).
     `slices` describes `obs["vector"]`: name -> (start, stop). Positions of objects are egocentric
     (x, y) pairs in metres, so `slices["hazards"] == (9, 25)` means eight hazards.
     """

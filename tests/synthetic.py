@@ -37,7 +37,13 @@ class LineEnv:
     """A `common.types.EvaluationEnv`, with the constructors of `actors.vector_env.SafetyVectorEnv`."""
 
     def __init__(
-        self, task: str, observation: str, action_repeat: int, num_envs: int, seed: int, cameras: str = "auto"
+        self,
+        task: str,
+        observation: str,
+        action_repeat: int,
+        num_envs: int,
+        seed: int,
+        cameras: str = "auto",
     ):
         self._set_up(line_spec(task, observation, action_repeat), num_envs)
         self._rng = np.random.default_rng(seed)

@@ -22,6 +22,18 @@ def test_osmesa_is_second_choice(monkeypatch):
     assert rendering.gl_backend() == "osmesa"
 
 
+def test_a_backend_that_is_wished_for_must_be_there(monkeypatch):
+    monkeypatch.setattr(rendering, "_loads", lambda library: library == "OSMesa")
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(UserError, match=r"egl \(MUJOCO_GL\) is not installed.*libegl1"):
+        rendering.require_gl()
+    monkeypatch.setenv("MUJOCO_GL", " OSMesa")
+    assert rendering.require_gl() == "osmesa"
+    monkeypatch.setenv("MUJOCO_GL", "off")
+    with pytest.raises(UserError, match="egl or osmesa"):
+        rendering.require_gl()
+
+
 @needs_gl
 def test_frames_show_the_true_sky_in_every_episode(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", rendering.gl_backend() or "")

@@ -54,7 +54,7 @@ def test_coordinates_are_refused_where_they_do_not_exist(task):
 
 
 def test_unknown_observation():
-    with pytest.raises(UserError, match="lidar or coordinates"):
+    with pytest.raises(UserError, match=r"choose one of lidar, coordinates, vision"):
         make_env("SafetyPointGoal1-v0", "pixels", 1)
 
 
@@ -106,7 +106,7 @@ def test_objects_appear_at_the_right_egocentric_coordinates():
     model.body("hazard1").pos[:2] = (-1, 2)  # two metres to the left
     model.body("goal").pos[:2] = (1.5, 1)  # one metre behind, half a metre to the right
     mujoco.mj_forward(model, data)
-    obs = sim.observe()
+    obs = sim.observe()[VECTOR]
     at = {name: obs[start:stop] for name, (start, stop) in env.spec.slices.items()}
     np.testing.assert_allclose(at["hazards"][:4], [1, 0, 0, 2], atol=1e-6)
     np.testing.assert_allclose(at["goal"], [-1, -0.5], atol=1e-6)

@@ -283,6 +283,10 @@ COORDINATES = {"observation": "coordinates"}
         ({"policy": "planner", "safety": {"constraint": "pid"}}, "shapes an acting actor"),
         ({"safety": {"cost_model": "geometric"}}, "geometric reads hazard positions"),
         ({"safety": {"cost_model": "tracked"}}, "tracked reads hazard positions"),
+        (
+            {"env": {"observation": "vision+lidar"}, "safety": {"cost_model": "geometric"}},
+            "geometric reads hazard positions",
+        ),
         ({"env_steps": 0}, "`env_steps` must be greater than 0, not 0"),
         ({"env_steps": -1}, "`env_steps` must be greater than 0, not -1"),
         ({"seed": -1}, "`seed` must be at least 0, not -1"),
@@ -316,6 +320,7 @@ def test_what_cannot_work_is_refused(changes, sentence):
         {"replay": {"capacity": 1024, "stride": 64}},
         {"policy": "planner"},
         {"env": COORDINATES, "safety": {"cost_model": "geometric", "constraint": "augmented"}},
+        {"env": {"observation": "vision+coordinates"}, "safety": {"cost_model": "geometric"}},
         {"env": COORDINATES, "safety": {"cost_model": "tracked", "constraint": "pid"}},
         {"safety": {"augmented": {"cap": float("inf")}, "cost_limit": 0.0}},
         {"seed": 0, "evaluation": {"every": 0}, "learner": {"prefill": 0}, "behavior": {"entropy": 0.0}},

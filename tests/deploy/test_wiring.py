@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from actors import rendering, tasks
 from actors.evaluate import evaluation_seeds
-from common.config import Config, SafetyConfig, load, merge, presets
+from common.config import Config, EnvConfig, SafetyConfig, load, merge, presets
 from common.types import EnvSpec, UserError, replay_spec
 from deploy import wiring
 from tests.synthetic import LineEnv, line_spec
@@ -29,6 +30,7 @@ def test_every_name_of_the_configuration_is_wired():
     assert set(wiring.CONSTRAINTS) == set(get_args(safety["constraint"]))
     assert set(wiring.COST_MODELS) == set(get_args(safety["cost_model"]))
     assert set(wiring.POLICIES) == set(get_args(config["policy"]))
+    assert get_args(get_type_hints(EnvConfig)["observation"]) == tasks.OBSERVATIONS
 
 
 @pytest.mark.parametrize("method", presets("method"))
@@ -66,6 +68,25 @@ def test_methods_that_learn_costs_work_without_coordinates(method):
     jax.eval_shape(train.step, jax.eval_shape(train.init, 0), batch_of(cfg, spec))
 
 
+@pytest.mark.skipif(rendering.gl_backend() is None, reason="no headless OpenGL here")
+def test_the_configured_cameras_are_observed():
+    env = {"env": {"observation": "vision", "cameras": "vision_back"}, "actors": {"envs": 1}}
+    cfg = merge(load("bsrp_lag", "nano", GOAL), env, "test")
+    spec = wiring.spec_of(cfg)
+    assert list(spec.obs) == ["image"]
+    assert wiring.evaluation_env(cfg, 0, 1).spec == spec
+    wrong = merge(cfg, {"env": {"cameras": "vision_front"}}, "test")
+    with pytest.raises(UserError, match="no camera 'vision_front'"):
+        wiring.spec_of(wrong)
+
+
+def test_vision_without_opengl_is_refused(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(rendering, "_loads", lambda library: False)
+    with pytest.raises(UserError, match="apt-get install libegl1"):
+        wiring.spec_of(merge(load("bsrp_lag", "nano", GOAL), {"env": {"observation": "vision"}}, "test"))
+
+
 @pytest.mark.parametrize("cost_model", ["geometric", "tracked"])
 def test_hazards_must_be_observed_to_be_counted(cost_model):
     cfg = merge(
@@ -81,11 +102,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seeds: list[int] = []
 
     class Capturing(LineEnv):
-        def __init__(
-            self, task: str, observation: str, action_repeat: int, num_envs: int, seed: int, **options: Any
-        ):
-            super().__init__(task, observation, action_repeat, num_envs, seed, **options)
-            seeds.append(seed)
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            seeds.append(args[4])
 
     monkeypatch.setattr(wiring, "env_spec", line_spec)
     monkeypatch.setattr(wiring, "SafetyVectorEnv", Capturing)
