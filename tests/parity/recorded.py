@@ -145,15 +145,24 @@ def pin(function: Callable, normal: Callable = _normal) -> Callable:
 
 TOLERANCE = 1e-5
 
+# A two-hot mean is a sum of p * bin in which bins up to 20 cancel each other: what it and everything made
+# of it (returns, advantages) can be exact to is a number of order one.
+BINS = 1.0
 
-def assert_close(ours: Any, theirs: np.ndarray, tolerance: float = TOLERANCE, name: str = "") -> None:
+
+def assert_close(
+    ours: Any, theirs: Any, *, tolerance: float = TOLERANCE, terms: float = 0.0, name: str = ""
+) -> None:
     """|ours - theirs| <= tolerance (|theirs| + rms(theirs)); ours is thinned as the recording is.
 
     A float32 sum has an error relative to its terms, not to what cancels out of them: so a number near
     zero may differ by as much as a typical number of its array.
+
+    Args:
+        terms: size of the summed terms, where it is more than what the array's numbers show.
     """
-    ours = np.asarray(ours)
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
     ours = thinned(ours) if ours.shape != theirs.shape else ours
     assert ours.shape == theirs.shape, f"{name}: {ours.shape} and {theirs.shape}"
-    scale = float(np.sqrt(np.square(theirs, dtype=np.float64).mean()))
+    scale = max(terms, float(np.sqrt(np.square(theirs, dtype=np.float64).mean())))
     np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, err_msg=name)
