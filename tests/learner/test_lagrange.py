@@ -189,7 +189,7 @@ def test_a_limit_decays_in_steps(env_steps: int, limit: float) -> None:
     assert float(limit_at(jnp.asarray(env_steps), cfg, 2.0)) == limit
     assert float(limit_at(jnp.asarray(env_steps), PID, 2.0)) == 2.0
     (state,) = run(
-        dataclasses.replace(cfg, kp=1.0, ki=0.0, cap=99.0, warmup_env_steps=-1), [100.0], env_steps
+        dataclasses.replace(cfg, kp=1.0, ki=0.0, cap=99.0, warmup_env_steps=-1), [100.0], env_steps=env_steps
     )
     assert float(state.proportional) == pytest.approx(0.05 * (100.0 - limit), rel=1e-5)
 
