@@ -21,6 +21,7 @@ from common.config import Config, load, merge
 from common.types import ArraySpec, Batch, EnvSpec
 from deploy import wiring
 from learner.reference_variables import assign
+from learner.rssm import Latent
 from learner.train_step import TrainState, TrainStep
 
 Recorded = Mapping[str, np.ndarray]
@@ -33,8 +34,13 @@ _LONG, _STRIDE = 4096, 17
 # What the recording made smaller; all else is as in the method's preset.
 _SMALL = {
     "world_model": {
-        **{"deter": 32, "units": 16, "stoch": 4, "classes": 4},
-        **{"encoder_layers": 2, "encoder_units": 16, "cnn_depth": 8},
+        "deter": 32,
+        "units": 16,
+        "stoch": 4,
+        "classes": 4,
+        "encoder_layers": 2,
+        "encoder_units": 16,
+        "cnn_depth": 8,
     },
     "behavior": {"units": 16, "horizon": 5},
     "planner": {"samples": 32, "elites": 8, "horizon": 5, "iterations": 3},
@@ -65,6 +71,11 @@ class System:
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """All arrays below a name, by the rest of their names."""
         return group(self.recorded, prefix)
+
+
+def latents(recorded: Recorded, deter: str, stoch: str) -> Latent:
+    """Two recorded arrays as latents."""
+    return Latent(jnp.asarray(recorded[deter]), jnp.asarray(recorded[stoch]))
 
 
 def group(recorded: Recorded, prefix: str) -> dict[str, np.ndarray]:
@@ -109,9 +120,9 @@ def system(method: str) -> System:
 # --- pinned randomness --------------------------------------------------------------------------
 
 
-def sines(count: int, actions: int) -> np.ndarray:
+def sines(count: int, actions: int) -> jax.Array:
     """The actor's recorded noise, [count, actions]: sin 0, sin 1, ..."""
-    return np.sin(np.arange(count * actions, dtype=np.float32)).reshape(count, actions)
+    return jnp.asarray(np.sin(np.arange(count * actions, dtype=np.float32)).reshape(count, actions))
 
 
 def _normal(key: Any, shape: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:

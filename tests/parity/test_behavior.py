@@ -15,7 +15,7 @@ from learner.lagrange import augmented_penalty
 from learner.returns import Moments
 from learner.rssm import Latent
 from learner.train_step import TrainState
-from tests.parity.recorded import BINS, System, assert_close, pin, sines
+from tests.parity.recorded import BINS, System, assert_close, latents, pin, sines
 
 KEY = jax.random.PRNGKey(0)
 
@@ -29,19 +29,19 @@ def compute(system: System) -> dict[str, Any]:
         imagined = imagine(model, state.actor, begin, cfg.horizon, KEY)
         critics = (state.critic, state.cost_critic)
         outcome = evaluate(imagined, cont, model, *critics, train.cost_model, cfg)
-        latents = imagined.states.latent
-        policy, acting = state.actor(start.feat), state.actor(latents.feat)
+        later = imagined.states.latent
+        policy, acting = state.actor(start.feat), state.actor(later.feat)
         reward, feat = outcome.reward, outcome.feat
         out = {
             "actor/mean": policy.mean,
             "actor/std": policy.std,
             "actor/entropy": policy.entropy(),
-            "traj/deter": latents.deter,
-            "traj/stoch": latents.stoch,
+            "traj/deter": later.deter,
+            "traj/stoch": later.stoch,
             "traj/action": acting.sample_with(sines(cont.shape[0], 2)),
-            "traj/cont": jnp.concatenate([cont[None], model.cont(latents).mode[1:]]),
+            "traj/cont": jnp.concatenate([cont[None], model.cont(later).mode[1:]]),
             "traj/weight": outcome.weight,
-            "score/reward": model.reward(latents).mean[1:],
+            "score/reward": model.reward(later).mean[1:],
             "score/ret": reward.return_,
             "score/base": reward.value[:-1],
             "critic_loss": critic_loss(state.critic, feat[:-1], reward.return_, outcome.weight),
@@ -59,7 +59,7 @@ def compute(system: System) -> dict[str, Any]:
             }
         return out
 
-    start = Latent(recorded["post/deter"], recorded["post/stoch"])
+    start = latents(recorded, "post/deter", "post/stoch")
     start = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), start)
     is_terminal = recorded["data/is_terminal"].reshape(-1).astype(np.float32)
     return jax.device_get(pin(quantities)(system.state, start, is_terminal))

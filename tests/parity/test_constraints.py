@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.config import PidConfig
+from common.config import AugmentedConfig, PidConfig
 from learner.lagrange import (
     AugmentedState,
     PidState,
@@ -52,8 +53,12 @@ def augmented_rows(augmented: System) -> dict:
     return augmented.group("lagrange")
 
 
-def _augmented_step(state, cost, *, limit, cfg):  # noqa: ANN001 (what it takes is above)
-    def psi(cost):  # noqa: ANN001
+def _augmented_step(
+    state: AugmentedState, cost: jax.Array, *, limit: float, cfg: AugmentedConfig
+) -> tuple[jax.Array, jax.Array, jax.Array, AugmentedState]:
+    """psi, the sum and the spread of its gradient with respect to every return, and the next state."""
+
+    def psi(cost: jax.Array) -> jax.Array:
         return augmented_penalty(state, (cost - limit).mean())
 
     value, gradient = jax.value_and_grad(psi)(cost)
@@ -64,7 +69,7 @@ def _augmented_step(state, cost, *, limit, cfg):  # noqa: ANN001 (what it takes 
 # --- PID ----------------------------------------------------------------------------------------
 
 
-def controller(cfg: PidConfig, limit: float):
+def controller(cfg: PidConfig, limit: float) -> tuple[PidConfig, Callable]:
     """The controller as recorded without its average: it sees every episode's own cost at once."""
     raw = dataclasses.replace(cfg, cost_decay=0.0, warmup_env_steps=-1)
     return raw, jax.jit(partial(pid_update, cfg=raw, cost_limit=limit))

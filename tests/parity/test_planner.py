@@ -44,9 +44,7 @@ def test_elites_and_update(pid: System, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pad0_safe_high", "pad0_unsafe_high"])
-def test_deviation_masked_instead_of_padded(
-    pid: System, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deviation_masked_instead_of_padded(pid: System, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Published: the list of safe candidates is filled up with candidate 0, which is then elected again
     and again (recorded std: 0), or although it is unsafe. Ours: eight different safe ones."""
     recorded = case(pid, name)

@@ -24,7 +24,7 @@ from learner.planner import Penalty, model_score
 from learner.policy import ActingParams, Carry, make_policy, planner_choice
 from learner.rssm import Latent
 from tests.parity.published import cheapest_first, padded_elites
-from tests.parity.recorded import BINS, System, assert_close, pin, pinned, sines
+from tests.parity.recorded import BINS, System, assert_close, latents, pin, pinned, sines
 
 DECISIONS, BORDER = 10, 7
 
@@ -65,6 +65,11 @@ def decide(system: System, policy: Policy, act: Callable, *flags: Any) -> list[D
     return decisions
 
 
+def recorded_latents(system: System) -> Latent:
+    """Posteriors of all decisions, [t, 1, ...]."""
+    return latents(system.recorded, "policy/latent/deter", "policy/latent/stoch")
+
+
 def assert_recorded_latents(system: System, decisions: list[Decision]) -> None:
     for name in ("deter", "stoch"):
         ours = np.stack([getattr(decision.latent, name) for decision in decisions])
@@ -84,8 +89,7 @@ def test_recorded_decisions_of_the_actor(augmented: System) -> None:
 
 
 def test_actor_at_the_recorded_latents(augmented: System) -> None:
-    deter, stoch = (augmented.recorded[f"policy/latent/{name}"] for name in ("deter", "stoch"))
-    policy = augmented.state.actor(Latent(jnp.asarray(deter), jnp.asarray(stoch)).feat)
+    policy = augmented.state.actor(recorded_latents(augmented).feat)
     assert_close(policy.mean, augmented.recorded["policy/actor_mean"])
     assert_close(policy.std, augmented.recorded["policy/actor_std"])
 
@@ -103,12 +107,12 @@ def planning(system: System, elites: Callable) -> tuple[Policy, Callable]:
     ours = planner.elite_indices
     drawn = (cfg.planner.samples, cfg.planner.horizon + 1, 2)
 
-    def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def normal(key: jax.Array, shape: tuple[int, ...]) -> Any:
         if shape == drawn:
             return noise[key[0], key[1]].swapaxes(0, 1)
         return jnp.broadcast_to(sines(*shape[-2:]), shape)  # the actor's
 
-    def split(key: jax.Array, count: int = 2) -> jax.Array:
+    def split(key: jax.Array, count: int = 2) -> Any:
         """Keys only number the iterations."""
         index = jnp.arange(count, dtype=key.dtype) * (count == cfg.planner.iterations)
         return jnp.stack([jnp.broadcast_to(key[0], count), key[1] + index], -1)
@@ -176,9 +180,7 @@ def test_num_safe(pid: System, of_images: dict[bool, list[Decision]]) -> None:
     np.testing.assert_array_equal(ours, pid.recorded["policy/plan_num_safe"][:, -1])
 
 
-def test_deviation_a_cost_at_the_limit_is_safe(
-    vector: System, of_vector: dict[bool, list[Decision]]
-) -> None:
+def test_deviation_a_cost_at_the_limit_is_safe(vector: System, of_vector: dict[bool, list[Decision]]) -> None:
     """Published OSRP-Vector finds no safe plan at all, though many cost nothing, as its limit allows."""
     assert not vector.recorded["policy/plan_num_safe"].any()
     costs = vector.recorded["policy/plan_cost"][:, -1] - cost_of_present(vector)[:, None]
@@ -206,14 +208,11 @@ def test_difference_the_present_costs_no_plan(vector: System) -> None:
 
 def cost_of_present(system: System) -> np.ndarray:
     """Of the states in which the recorded decisions were made."""
-    latents = Latent(*(system.recorded[f"policy/latent/{name}"][:, 0] for name in ("deter", "stoch")))
     cost = jax.jit(lambda state, latents: system.train.cost_model(state.model, State(latents, None)))
-    return np.asarray(cost(system.state, latents))
+    return np.asarray(cost(system.state, recorded_latents(system)))[:, 0]
 
 
-def test_deviation_elites_are_masked_not_padded(
-    pid: System, of_images: dict[bool, list[Decision]]
-) -> None:
+def test_deviation_elites_are_masked_not_padded(pid: System, of_images: dict[bool, list[Decision]]) -> None:
     """OSRP-Lag's first decision: by our rules another plan than recorded, from equal candidates."""
     assert np.abs(of_images[False][0].plan - pid.recorded["policy/action_mean"][0]).max() > 0.1
     # The last two iterations have enough safe candidates and lists to be padded.
@@ -254,7 +253,7 @@ def test_scores_of_recorded_candidates(case: tuple[System, dict[bool, list[Decis
 
     scores = pin(scores)
     for t, iterations in enumerate(recorded["policy/plan_actions"]):
-        latent = Latent(*(recorded[f"policy/latent/{name}"][t, 0] for name in ("deter", "stoch")))
+        latent = jax.tree.map(lambda x, t=t: x[t, 0], recorded_latents(system))
         for i, actions in enumerate(iterations):
             ours = scores(params_at(system, t), latent, actions.swapaxes(0, 1))
             assert_close(ours.objective, recorded["policy/plan_ret"][t, i], terms=BINS)

@@ -17,17 +17,17 @@ from common.types import Batch
 from learner.distributions import OneHot
 from learner.rssm import Latent
 from learner.world_model import WorldModel, kl_losses
-from tests.parity.recorded import BINS, System, assert_close, pinned
+from tests.parity.recorded import BINS, System, assert_close, latents, pinned
 
 KEY = jax.random.PRNGKey(0)
 
 
 class Inputs(NamedTuple):
     batch: Batch
-    sampled: np.ndarray  # recorded true draws of the posterior, to be forced [B, T, S, K]
+    sampled: jax.Array  # recorded true draws of the posterior, to be forced [B, T, S, K]
     latent: Latent  # from which one step is imagined
-    action: np.ndarray  # with values outside [-1, 1]
-    extreme: np.ndarray  # reward targets beyond the bins
+    action: jax.Array  # with values outside [-1, 1]
+    extreme: jax.Array  # reward targets beyond the bins
 
 
 def quantities(model: WorldModel, inputs: Inputs) -> dict[str, Any]:
@@ -39,18 +39,18 @@ def quantities(model: WorldModel, inputs: Inputs) -> dict[str, Any]:
         forced = 1e3 * inputs.sampled.swapaxes(0, 1)
         patch.setattr(jax.random, "gumbel", lambda key, shape: jnp.asarray(forced))
         sampled = model.observe(batch, KEY)
-    latents = observed.latents
+    post = observed.latents
     imagined = model.rssm.img_step(inputs.latent, inputs.action, jnp.zeros_like(inputs.latent.stoch))
-    images = model.decode_images(latents)
+    images = model.decode_images(post)
     unscaled = dataclasses.replace(model.cfg, dyn_scale=1.0, rep_scale=1.0)
     kl = kl_losses(sampled.posterior, sampled.prior, unscaled)
-    reward, cont = model.reward(latents), model.cont(latents)
+    reward, cont = model.reward(post), model.cont(post)
     out = {
         "embed": model.encode({name: batch[name] for name in model.obs_keys}),
         "initial/deter": model.rssm.initial(4).deter,
         "initial/stoch": model.rssm.initial(4).stoch,
-        "post/deter": latents.deter,
-        "post/stoch": latents.stoch,
+        "post/deter": post.deter,
+        "post/stoch": post.stoch,
         "post/logit": observed.posterior.logits,
         "prior/logit": observed.prior.logits,
         "post_sampled/deter": sampled.latents.deter,
@@ -75,9 +75,9 @@ def quantities(model: WorldModel, inputs: Inputs) -> dict[str, Any]:
         "decoded": images,
     }
     if model.decoder.vector is not None:
-        out["dec/observation"] = model.decode_vector(latents)
+        out["dec/observation"] = model.decode_vector(post)
     if model.cost_head is not None:
-        cost = model.cost(latents)
+        cost = model.cost(post)
         out |= {"head/cost/mean": cost.mean, "head/cost/log_prob": cost.log_prob(batch["cost"])}
     return out
 
@@ -86,10 +86,10 @@ def compute(system: System) -> dict[str, Any]:
     recorded = system.recorded
     inputs = Inputs(
         system.batch,
-        recorded["post_sampled/stoch"],
-        Latent(recorded["img_step/in_deter"], recorded["img_step/in_stoch"]),
-        recorded["img_step/action"],
-        recorded["head/reward/extreme_target"],
+        jnp.asarray(recorded["post_sampled/stoch"]),
+        latents(recorded, "img_step/in_deter", "img_step/in_stoch"),
+        jnp.asarray(recorded["img_step/action"]),
+        jnp.asarray(recorded["head/reward/extreme_target"]),
     )
     return jax.device_get(jax.jit(quantities)(system.state.model, inputs))
 
@@ -137,7 +137,7 @@ def test_posterior_and_prior(case: tuple[System, dict[str, Any]]) -> None:
 
 
 def test_posterior_and_prior_along_true_draws(case: tuple[System, dict[str, Any]]) -> None:
-    system, ours = case
+    _, ours = case
     assert (ours["post_sampled/stoch"] != ours["post/stoch"]).any()  # the draws are no modes
     compare(case, "post_sampled/", "prior_sampled/")
 
