@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
+import xmltodict
 import yaml
+
+from actors.compat import mujoco
 
 # A texture of the same index and kind as the six-image sky (191 MB decoded on every reset), but
 # of one colour. Textures take no part in the physics.
@@ -25,9 +29,7 @@ _LOCK = threading.RLock()
 @cache
 def _assets(path: str) -> dict:
     with open(path, encoding="utf-8") as file:
-        assets = yaml.safe_load(file)
-    assets["textures"]["skybox"] = _FLAT_SKY
-    return assets
+        return yaml.safe_load(file)
 
 
 class _LightAssets:
@@ -37,25 +39,43 @@ class _LightAssets:
 
     @staticmethod
     def load(file: Any, Loader: Any) -> dict:
-        return copy.deepcopy(_assets(file.name))
+        assets = copy.deepcopy(_assets(file.name))
+        assets["textures"]["skybox"] = dict(_FLAT_SKY)
+        return assets
 
 
 @contextmanager
-def light_assets() -> Iterator[None]:
-    """Worlds built inside have a flat sky: a reset takes milliseconds instead of a second.
-
-    Every observation, reward and cost stays bitwise equal; only pictures differ. Whoever renders
-    must build the render context on a model made outside.
-    """
+def stand_in(name: str, module: Any) -> Iterator[None]:
+    """Worlds built inside use `module` where `safety_gymnasium.world` imports the module `name`."""
     from safety_gymnasium import world
 
     with _LOCK:
-        original = world.yaml
-        world.yaml = _LightAssets  # pyright: ignore[reportAttributeAccessIssue]
+        original = getattr(world, name)
+        setattr(world, name, module)
         try:
             yield
         finally:
-            world.yaml = original
+            setattr(world, name, original)
+
+
+def light_assets() -> AbstractContextManager[None]:
+    """Worlds built inside have a flat sky: a reset takes milliseconds instead of a second.
+
+    Every observation, reward and cost stays bitwise equal; only pictures differ. Whoever renders
+    must build the render context on a model `with_true_sky`.
+    """
+    return stand_in("yaml", _LightAssets)
+
+
+def with_true_sky(world: Any) -> Any:
+    """A second `MjModel` of a light world that has the sky of the package: 191 MB, about a second."""
+    from safety_gymnasium.world import BASE_DIR
+
+    sky = _assets(os.path.join(BASE_DIR, "configs/assets.yaml"))["textures"]["skybox"]
+    xml = copy.deepcopy(world.xml)
+    assets = xml["mujoco"]["asset"]
+    assets["texture"] = [sky if texture == _FLAT_SKY else texture for texture in assets["texture"]]
+    return mujoco.MjModel.from_xml_string(xmltodict.unparse(xml))
 
 
 def sample_layout(self: Any) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from actors import compat, fast_env, fast_reset, rendering, tasks
-from actors.observations import Coordinates, Lidar, Slices
+from actors.cameras import OutsideView, Vision
+from actors.observations import Coordinates, Lidar, Observation, Slices
 from common.types import VECTOR, ArraySpec, EnvSpec
 
 _safety_gymnasium = compat.safety_gymnasium()
@@ -17,7 +19,7 @@ _safety_gymnasium = compat.safety_gymnasium()
 class Transition(NamedTuple):
     """What one agent step of one environment brought."""
 
-    obs: dict[str, np.ndarray]  # "vector": float32 [n]
+    obs: dict[str, np.ndarray]  # the keys of `spec.obs`: "vector" float32 [n], "image" uint8 [64, 64, 3]
     reward: float  # summed over the action repeat
     cost: float  # summed over the action repeat
     terminated: bool  # the environment itself ended the episode
@@ -28,64 +30,70 @@ class Transition(NamedTuple):
 class _Simulator(Protocol):
     """One env step at a time, in the simulator's own action units.
 
-    `step` returns (reward, cost, terminated, truncated), `observe` the newest state, float32 [size].
+    `step` returns (reward, cost, terminated, truncated), `observe` new arrays as `obs` says.
     """
 
     low: np.ndarray
     high: np.ndarray
-    size: int
+    obs: dict[str, ArraySpec]
     slices: Slices
 
     def reset(self, seed: int | None) -> None: ...
 
     def step(self, action: np.ndarray) -> tuple[float, float, bool, bool]: ...
 
-    def observe(self) -> np.ndarray: ...
+    def observe(self) -> dict[str, np.ndarray]: ...
 
     def render(self) -> np.ndarray: ...
 
     def close(self) -> None: ...
 
 
+# Source of an observation -> what reads it into `obs["vector"]`.
+_STATES: dict[str, Callable[[Any, fast_env.Lookup], Observation]] = {
+    "lidar": Lidar,
+    "coordinates": Coordinates,
+}
+
+
 class _Navigation:
     """A navigation task."""
 
-    def __init__(self, task: str, observation: str, render: bool):
+    def __init__(self, task: str, observation: str, cameras: tuple[str, ...], render: bool):
         # A run leaves the stretch that the fixed camera sees.
         camera = "track" if "Run" in task else "fixedfar"
         self._env: Any = _make(task, render, camera)
         self._task = self._env.task
-        self._render = render
         self.low, self.high = self._env.action_space.low, self._env.action_space.high
-        observe = Coordinates if observation == "coordinates" else Lidar
-        self._observation = observe(self._task, fast_env.accelerate(self._task))
-        self.size, self.slices = self._observation.size, self._observation.slices
+        lookup = fast_env.accelerate(self._task)
+        self._state: Observation | None = None
+        for source in tasks.sources(observation):
+            if source in _STATES:
+                self._state = _STATES[source](self._task, lookup)
+        self._vision = Vision(task, self._task, cameras)
+        state = {VECTOR: ArraySpec((self._state.size,))} if self._state else {}
+        self.obs, self.slices = state | self._vision.spec, self._state.slices if self._state else {}
+        if render:
+            self._task._viewers["rgb_array"] = OutsideView(task, self._task)
 
     def reset(self, seed: int | None) -> None:
-        if self._render and self._task.viewer is None:
+        with fast_reset.light_assets(), self._vision.building():
             self._env.reset(seed=seed)
-            self._env.render()  # the render context keeps the true sky of this first model
-        else:
-            with fast_reset.light_assets():
-                self._env.reset(seed=seed)
-        self._observation.bind()
+        if self._state:
+            self._state.bind()
 
     def step(self, action: np.ndarray) -> tuple[float, float, bool, bool]:
         _, reward, cost, terminated, truncated, _ = self._env.step(action)
         return reward, cost, terminated, truncated
 
-    def observe(self) -> np.ndarray:
-        return self._observation.read()
+    def observe(self) -> dict[str, np.ndarray]:
+        state = {VECTOR: self._state.read()} if self._state else {}
+        return state | self._vision.read()
 
     def render(self) -> np.ndarray:
         return self._env.render()
 
     def close(self) -> None:
-        # The package leaves its viewers to the interpreter's exit, when OpenGL is already gone.
-        for viewer in self._task._viewers.values():
-            viewer.free()
-        self._task._viewers.clear()
-        self._task.viewer = None
         self._env.close()
 
 
@@ -97,7 +105,7 @@ class _Velocity:
         self._env: Any = _make(task, render, camera="track")
         self._limit = tasks.time_limit(task)
         self.low, self.high = self._env.action_space.low, self._env.action_space.high
-        self.size = int(np.prod(self._env.observation_space.shape))
+        self.obs = {VECTOR: ArraySpec((int(np.prod(self._env.observation_space.shape)),))}
 
     def reset(self, seed: int | None) -> None:
         self._obs, _ = self._env.reset(seed=seed)
@@ -108,8 +116,8 @@ class _Velocity:
         self._steps += 1
         return reward, cost, terminated, self._steps >= self._limit
 
-    def observe(self) -> np.ndarray:
-        return self._obs.astype(np.float32)
+    def observe(self) -> dict[str, np.ndarray]:
+        return {VECTOR: self._obs.astype(np.float32)}
 
     def render(self) -> np.ndarray:
         return self._env.render()
@@ -136,17 +144,25 @@ class SafetyGymEnv:
     Deterministic: the same seed and actions give the same episodes. `reset(None)` goes on with the
     stream of layouts that the last seed (of the constructor, at first) started.
 
-    Raises `UserError` for an unknown task, an observation that the task does not have, and
-    `render=True` without OpenGL.
+    Raises `UserError` for an unknown task, an observation or camera that the task does not have, and
+    for vision or `render=True` without OpenGL.
     """
 
     def __init__(
-        self, task: str, observation: str, action_repeat: int, seed: int | None = None, render: bool = False
+        self,
+        task: str,
+        observation: str,
+        action_repeat: int,
+        seed: int | None = None,
+        render: bool = False,
+        cameras: str = "auto",
     ):
         tasks.check_observation(task, observation)
-        navigation = tasks.is_navigation(task)
+        chosen = tasks.cameras(task, observation, cameras)
         self._sim: _Simulator = (
-            _Navigation(task, observation, render) if navigation else _Velocity(task, render)
+            _Navigation(task, observation, chosen, render)
+            if tasks.is_navigation(task)
+            else _Velocity(task, render)
         )
         self._middle = (self._sim.high + self._sim.low).astype(np.float64) / 2
         self._half = (self._sim.high - self._sim.low).astype(np.float64) / 2
@@ -155,7 +171,7 @@ class SafetyGymEnv:
         self._done = True
         self.spec = EnvSpec(
             task=task,
-            obs={VECTOR: ArraySpec((self._sim.size,))},
+            obs=dict(self._sim.obs),
             action_size=len(self._middle),
             action_repeat=action_repeat,
             time_limit=tasks.time_limit(task),
@@ -170,7 +186,7 @@ class SafetyGymEnv:
             self._next_seed = None
         self._sim.reset(seed)
         self._done = False
-        return {VECTOR: self._sim.observe()}
+        return self._sim.observe()
 
     def step(self, action: np.ndarray) -> Transition:
         """Repeats `action` (float [A], clipped to [-1, 1]) until the repeat count or the end."""
@@ -186,7 +202,7 @@ class SafetyGymEnv:
             cost += step_cost
             env_steps += 1
         self._done = terminated or truncated
-        obs = {VECTOR: self._sim.observe()}
+        obs = self._sim.observe()  # of the last repetition only
         return Transition(obs, float(reward), float(cost), bool(terminated), bool(truncated), env_steps)
 
     def render(self) -> np.ndarray:
@@ -198,14 +214,22 @@ class SafetyGymEnv:
 
 
 def make_env(
-    task: str, observation: str, action_repeat: int, seed: int | None = None, render: bool = False
+    task: str,
+    observation: str,
+    action_repeat: int,
+    seed: int | None = None,
+    render: bool = False,
+    cameras: str = "auto",
 ) -> SafetyGymEnv:
     """One environment; see `SafetyGymEnv`."""
-    return SafetyGymEnv(task, observation, action_repeat, seed, render)
+    return SafetyGymEnv(task, observation, action_repeat, seed, render, cameras)
 
 
-def env_spec(task: str, observation: str, action_repeat: int) -> EnvSpec:
-    """The description of an environment, without a reset (a few milliseconds after the import)."""
-    env = make_env(task, observation, action_repeat)
+def env_spec(task: str, observation: str, action_repeat: int, cameras: str = "auto") -> EnvSpec:
+    """The description of an environment, without a reset or a picture (milliseconds after the import).
+
+    Raises `UserError` as `SafetyGymEnv` does, so also for vision without OpenGL.
+    """
+    env = make_env(task, observation, action_repeat, cameras=cameras)
     env.close()
     return env.spec

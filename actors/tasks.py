@@ -12,6 +12,15 @@ LEVELLED = ("Goal", "Button", "Push", "Circle")
 VELOCITY_ROBOTS = ("HalfCheetah", "Hopper", "Swimmer", "Walker2d", "Ant", "Humanoid")
 COORDINATE_ROBOTS = ("Point", "Car", "Racecar", "Ant")
 SHORT_EPISODES = ("Circle", "Run")
+OBSERVATIONS = ("lidar", "coordinates", "vision", "vision+lidar", "vision+coordinates")
+_BOTH_WAYS = ("vision", "vision_back")
+CAMERAS = {  # robot -> its own cameras
+    "Point": _BOTH_WAYS,
+    "Car": _BOTH_WAYS,
+    "Racecar": _BOTH_WAYS,
+    "Doggo": ("vision",),
+    "Ant": ("vision",),
+}
 
 _NAVIGATION = re.compile(rf"Safety({'|'.join(ROBOTS)})({'|'.join(LEVELLED)}|Run)(\d)-v0")
 
@@ -53,10 +62,52 @@ def time_limit(task: str) -> int:
 def check_observation(task: str, observation: str) -> None:
     """Raises `UserError` if `task` does not exist or does not offer `observation`."""
     check_task(task)
-    if observation not in ("lidar", "coordinates"):
-        raise UserError(f"Unknown observation {observation!r}: choose lidar or coordinates.")
-    if observation == "coordinates" and not has_coordinates(task):
+    if observation not in OBSERVATIONS:
+        near = difflib.get_close_matches(observation, OBSERVATIONS, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"Unknown observation {observation!r}: choose one of {', '.join(OBSERVATIONS)}.{hint}")
+    if "coordinates" in sources(observation) and not has_coordinates(task):
         raise UserError(
             f"Task {task} has no coordinates observation: only Safety{{{','.join(COORDINATE_ROBOTS)}}}"
-            "Goal{0,1,2}-v0 have it. Use --env.observation lidar."
+            f"Goal{{0,1,2}}-v0 have it. Use --env.observation {observation.replace('coordinates', 'lidar')}."
         )
+    if "vision" in sources(observation) and not is_navigation(task):
+        raise UserError(
+            f"Task {task} has no vision observation: the robots of velocity tasks carry no cameras. "
+            "Use --env.observation lidar."
+        )
+
+
+def sources(observation: str) -> list[str]:
+    """What an observation is made of: lidar or coordinates, vision, or vision and one of them."""
+    return observation.split("+")
+
+
+def cameras(task: str, observation: str, names: str = "auto") -> tuple[str, ...]:
+    """The cameras of a checked observation, in the order of its images; none without vision.
+
+    Args:
+        names: comma-separated; "auto" stands for all that the robot has.
+
+    Raises:
+        UserError: a camera that the robot does not have (with the nearest one), is named twice, or is
+            named for an observation without vision.
+    """
+    match = _NAVIGATION.fullmatch(task)
+    if match is None or "vision" not in sources(observation):
+        if names != "auto":
+            raise UserError(f"The {observation} observation of {task} uses no cameras, but {names!r} are given.")
+        return ()
+    known = CAMERAS[match[1]]
+    if names == "auto":
+        return known
+    chosen = tuple(name.strip() for name in names.split(","))
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UserError(
+                f"{match[1]} has no camera {name!r}. Did you mean {near[0]}? It has: {', '.join(known)}."
+            )
+        if chosen.count(name) > 1:
+            raise UserError(f"Camera {name} is named more than once in {names!r}.")
+    return chosen

@@ -33,17 +33,26 @@ class SafetyVectorEnv:
         num_envs: int,
         seed: int,
         stagger: bool = True,
+        cameras: str = "auto",
     ):
         children = np.random.SeedSequence(seed).spawn(num_envs)
         seeds = [int(child.generate_state(1)[0]) for child in children]
-        self._set_up([make_env(task, observation, action_repeat, env_seed) for env_seed in seeds])
+        self._set_up(
+            [make_env(task, observation, action_repeat, env_seed, cameras=cameras) for env_seed in seeds]
+        )
         if stagger:
             share = np.arange(1, num_envs + 1) / num_envs
             self._cut = np.ceil(share * self.spec.time_limit).astype(np.int64)
 
     @classmethod
     def for_evaluation(
-        cls, task: str, observation: str, action_repeat: int, seeds: Sequence[int], render: bool = False
+        cls,
+        task: str,
+        observation: str,
+        action_repeat: int,
+        seeds: Sequence[int],
+        render: bool = False,
+        cameras: str = "auto",
     ) -> SafetyVectorEnv:
         """One environment per seed, each playing one whole episode that begins with `reset(seed)`.
 
@@ -53,7 +62,10 @@ class SafetyVectorEnv:
         """
         self = cls.__new__(cls)
         self._set_up(
-            [make_env(task, observation, action_repeat, render=render and i == 0) for i in range(len(seeds))]
+            [
+                make_env(task, observation, action_repeat, render=render and i == 0, cameras=cameras)
+                for i in range(len(seeds))
+            ]
         )
         self._once = True
         self._reset_seeds = list(seeds)

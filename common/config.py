@@ -28,8 +28,12 @@ _CHOICES = ("method", "size", "task")  # what chooses presets
 
 @dataclass(frozen=True)
 class EnvConfig:
-    observation: Literal["lidar", "coordinates"] = "lidar"
-    """State observation: the task's own vector, or egocentric coordinates (Goal tasks)."""
+    observation: Literal["lidar", "coordinates", "vision", "vision+lidar", "vision+coordinates"] = "lidar"
+    """Sources of the observation: the task's own vector, egocentric coordinates (Goal tasks), the robot's
+    cameras (navigation tasks)."""
+    cameras: str = "auto"
+    """Cameras of a vision observation, comma-separated: vision (ahead), vision_back (Point, Car, Racecar);
+    auto takes all that the robot has."""
     action_repeat: int = 5
     """Env steps per agent step; reward and cost are summed over them."""
 
@@ -511,7 +515,7 @@ def _problems(config: Config) -> Iterable[str]:
         yield "safety.penalty shapes plans: use it with policy planner, or safety.constraint pid"
     if config.policy == "planner" and safety.constraint != "none":
         yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit"
-    if safety.cost_model in ("geometric", "tracked") and config.env.observation != "coordinates":
+    if safety.cost_model in ("geometric", "tracked") and "coordinates" not in config.env.observation.split("+"):
         yield (
             f"safety.cost_model {safety.cost_model} reads hazard positions: {config.task} must be observed "
             "with env.observation coordinates (Goal tasks), or use a method that learns costs (osrp)"

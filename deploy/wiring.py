@@ -125,8 +125,11 @@ POLICIES = {
 
 
 def spec_of(cfg: Config) -> EnvSpec:
-    """The environment's description. Raises UserError for an unknown task or observation."""
-    return env_spec(cfg.task, cfg.env.observation, cfg.env.action_repeat)
+    """The environment's description.
+
+    Raises UserError for an unknown task, observation or camera, and for vision without OpenGL.
+    """
+    return env_spec(cfg.task, cfg.env.observation, cfg.env.action_repeat, cfg.env.cameras)
 
 
 def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
@@ -176,7 +179,14 @@ def rollout(
         prefill: agent steps that this actor takes at random first.
     """
     seed = _seed(cfg.seed, actor, life)
-    env = SafetyVectorEnv(cfg.task, cfg.env.observation, cfg.env.action_repeat, cfg.actors.envs, seed)
+    env = SafetyVectorEnv(
+        cfg.task,
+        cfg.env.observation,
+        cfg.env.action_repeat,
+        cfg.actors.envs,
+        seed,
+        cameras=cfg.env.cameras,
+    )
     acting = policy(cfg, spec, explore=True)
     return Rollout(env, acting, source, writers, seed=seed, name=f"actor{actor}", random_steps=prefill)
 
@@ -185,7 +195,12 @@ def evaluation_env(cfg: Config, seed: int, episodes: int, *, render: bool = Fals
     """The held-out episodes of the evaluation protocol."""
     seeds = evaluation_seeds(seed, episodes)
     return SafetyVectorEnv.for_evaluation(
-        cfg.task, cfg.env.observation, cfg.env.action_repeat, seeds, render=render
+        cfg.task,
+        cfg.env.observation,
+        cfg.env.action_repeat,
+        seeds,
+        render=render,
+        cameras=cfg.env.cameras,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -105,6 +106,16 @@ def test_an_error_in_a_constructor_is_the_answer_to_every_call(remote):
     assert str(error) == "Port 1 can not be used: choose another."
 
 
+def parts_of(parent: psutil.Process, name: str) -> list[psutil.Process]:
+    """Processes below `parent` whose command line holds `name`; one that has ended has no command line."""
+    found = []
+    for process in parent.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one, too
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 @pytest.mark.timeout(400)
 def test_a_run_under_ray_survives_a_killed_actor(ray_session, tmp_path, tiny_config, capsys):
     from deploy.train import train
@@ -115,8 +126,7 @@ def test_a_run_under_ray_survives_a_killed_actor(ray_session, tmp_path, tiny_con
 
     def kill_one() -> None:
         if wait_until(lambda: updates(run) > 5):
-            actors = [p for p in mine.children(recursive=True) if "ray::_Actor" in " ".join(p.cmdline())]
-            actors[0].kill()
+            parts_of(mine, "ray::_Actor")[0].kill()
 
     thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
@@ -136,7 +146,7 @@ def test_a_run_under_ray_survives_a_killed_actor(ray_session, tmp_path, tiny_con
     table = capsys.readouterr().out
     assert "realised train ratio" in table
     assert f"run: {run}" in table
-    leftover = [p for p in mine.children(recursive=True) if "ray::_" in " ".join(p.cmdline())]
+    leftover = parts_of(mine, "ray::_")
     _, alive = psutil.wait_procs(leftover, 20)
     assert not alive, "parts of a run outlive it"
 

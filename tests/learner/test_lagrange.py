@@ -16,6 +16,7 @@ from learner.lagrange import (
     augmented,
     augmented_penalty,
     augmented_update,
+    limit_at,
     pid,
     unconstrained,
 )
@@ -169,11 +170,24 @@ def test_pid_waits_while_warming_up() -> None:
 
 def test_pid_does_not_wind_up() -> None:
     cfg = dataclasses.replace(PID, kp=0.0, kd=0.0, cap=0.05)
-    wound = run(cfg, [50.0] * 30 + [0.0] * 3)
+    costs = [50.0] * 30 + [0.0] * 3
+    wound = run(dataclasses.replace(cfg, anti_windup=True), costs)
     assert max(float(s.multiplier) for s in wound) == pytest.approx(0.05)
-    # Three good episodes of -2 each take 0.06 off the integral; an unbounded one would hold 14.
+    # Three good episodes of -2 each take 0.06 off the integral; the published, unbounded one still holds 14.
     assert float(wound[-1].multiplier) == 0.0
     assert all(float(s.integral) >= 0.0 for s in wound)
+    published = run(cfg, costs)
+    assert float(published[-1].multiplier) == pytest.approx(0.05)
+    assert float(published[-1].integral) == pytest.approx(0.001 + 30 * 0.48 - 3 * 0.02, rel=1e-5)
+
+
+@pytest.mark.parametrize(("env_steps", "limit"), [(0, 14), (19_999, 14), (20_000, 12), (120_000, 2), (10**6, 2)])
+def test_a_limit_decays_in_steps(env_steps: int, limit: float) -> None:
+    cfg = dataclasses.replace(PID, init_cost_limit=14.0, decay_limit_step=2.0, decay_time_step=20_000)
+    assert float(limit_at(jnp.asarray(env_steps), cfg, 2.0)) == limit
+    assert float(limit_at(jnp.asarray(env_steps), PID, 2.0)) == 2.0
+    (state,) = run(dataclasses.replace(cfg, kp=1.0, ki=0.0, cap=99.0, warmup_env_steps=-1), [100.0], env_steps)
+    assert float(state.proportional) == pytest.approx(0.05 * (100.0 - limit), rel=1e-5)
 
 
 @pytest.mark.parametrize(("scale", "penalty"), [(1.0, 0.35), (0.25, 1.4)])
