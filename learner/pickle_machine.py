@@ -206,8 +206,8 @@ class _Machine:
 
 
 def _describe(opcode: bytes) -> str:
-    known = pickletools.code2op.get(opcode.decode("latin-1"))
-    return known.name if known else f"{opcode!r} (so it is no pickle)"
+    names = {known.code: known.name for known in pickletools.opcodes}
+    return names.get(opcode.decode("latin-1"), f"{opcode!r} (so it is no pickle)")
 
 
 def _long(machine: _Machine, kind: str) -> None:

@@ -19,7 +19,6 @@ from learner.reference_variables import AdamMoments
 MAX_BYTES = 2 << 30  # the largest published file has 392 MB
 
 _KEYS = {"step", "agent", "train_replay", "eval_replay", "_timestamp"}
-_COUNTERS = ("i4", "i8", "u4", "u8")
 
 
 class ReferenceCheckpoint(NamedTuple):
@@ -82,12 +81,18 @@ def _checkpoint(content: Any, max_bytes: int) -> ReferenceCheckpoint:
             optimizers[name] = _adam(name, value)
         else:
             variables[name] = _array(name, value)
-    moments = [
-        array for adam in optimizers.values() for each in (adam.mu, adam.nu) for array in each.values()
-    ]
-    # One stretch of the file may stand for many arrays, which will be copied.
-    if sum(array.nbytes for array in (*variables.values(), *moments)) > max_bytes:
+    arrays = list(variables.items())
+    for adam in optimizers.values():
+        arrays += [*adam.mu.items(), *adam.nu.items()]
+    # One stretch of the file may stand for many arrays: counted before any of them is looked at.
+    if sum(array.nbytes for _, array in arrays) > max_bytes:
         raise Refused(f"its arrays take more than {max_bytes:,} bytes")
+    for name, array in arrays:
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise Refused(f"{name[:80]!r} holds numbers that are not finite")
+    for name, adam in optimizers.items():
+        if any((array < 0).any() for array in adam.nu.values()):
+            raise Refused(f"{name[:80]!r} holds squares that are negative")
     return ReferenceCheckpoint(step, variables, optimizers)
 
 
@@ -95,8 +100,6 @@ def _array(name: str, value: Any) -> np.ndarray:
     array = array_of(value)
     if array is None:
         raise Refused(f"{name[:80]!r} is a {kind_of(value)}, not an array or an optimizer's state")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise Refused(f"{name[:80]!r} holds numbers that are not finite")
     return array
 
 
@@ -111,20 +114,17 @@ def _adam(name: str, state: Any) -> AdamMoments:
     if len(records) != len(parts) or len(adams) != 1 or others != adams:
         raise Refused(f"{name[:80]!r} is not the state of an Adam optimizer")
     count, mu, nu = adams[0].fields
-    return AdamMoments(_count(name, count), _moments(f"mu of {name}", mu), _moments(f"nu of {name}", nu))
+    return AdamMoments(_count(name, count), _moments(name, mu), _moments(name, nu))
 
 
 def _count(name: str, value: Any) -> int:
     array = array_of(value)
-    if array is None or array.shape != () or array.dtype.str[1:] not in _COUNTERS or not 0 <= array < 2**31:
+    if array is None or array.shape != () or array.dtype.kind not in "iu" or not 0 <= array < 2**31:
         raise Refused(f"{name[:80]!r} has no count of its steps")
     return int(array)
 
 
 def _moments(name: str, value: Any) -> Mapping[str, np.ndarray]:
     if type(value) is not dict:
-        raise Refused(f"{name[:80]!r} is a {kind_of(value)}, not a dict of arrays")
-    arrays = {key: _array(f"{name}: {key}", array) for key, array in value.items()}
-    if name.startswith("nu ") and any((array < 0).any() for array in arrays.values()):
-        raise Refused(f"{name[:80]!r} holds negative squares")
-    return arrays
+        raise Refused(f"{name[:80]!r} has a {kind_of(value)} for its moments, not a dict of arrays")
+    return {key: _array(key, array) for key, array in value.items()}
