@@ -69,7 +69,6 @@ def _train(argv: list[str]) -> int:
         cfg = configuration.merge(cfg, {"logging": {"wandb": args.wandb}}, "--wandb")
     configuration.check(cfg)
     from deploy import run_dir as runs
-    from deploy import warm_start
 
     if saved is not None:
         runs.check_resumable(saved, cfg)
@@ -85,6 +84,8 @@ def _train(argv: list[str]) -> int:
     run = runs.create(args.run_dir or runs.default_path(cfg), cfg)
     try:
         if warm is not None:
+            from deploy import warm_start
+
             warm_start.write(run, warm)
         return _run(cfg, run, resume=False)
     finally:

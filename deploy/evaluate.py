@@ -43,9 +43,8 @@ def load(path: Path) -> Loaded:
         checkpoint.restore(found, like) if found == path else checkpoint.restore_latest(found.parent, like)
     )
     assert restored is not None  # or there were none to find
-    return Loaded(
-        runs.config_of(found, restored.meta), train.acting(restored.tree), restored.meta, restored.skipped
-    )
+    cfg = runs.config_of(found, restored.meta)
+    return Loaded(cfg, train.acting(restored.tree), restored.meta, restored.skipped)
 
 
 def check_fit(cfg: Config, task: str | None, observation: str | None) -> None:

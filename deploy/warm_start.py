@@ -53,7 +53,7 @@ class WarmStart:
 
 
 def saved_config(path: Path) -> tuple[Path, Config]:
-    """The checkpoint that `path` (a run, its checkpoints/, or one checkpoint) means, and its configuration."""
+    """The checkpoint that `path` means (a run, its checkpoints/, or one of them), and its configuration."""
     found = checkpoint.find_checkpoint(path.absolute())
     return found, runs.config_of(found, checkpoint.read_meta(found))
 
