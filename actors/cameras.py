@@ -80,9 +80,7 @@ class Vision:
                 for camera in cameras
             ]
 
-        frames = self._renderer.draw(
-            self._task_id, lambda: fast_reset.with_true_sky(self._task.world), paint
-        )
+        frames = self._renderer.draw(self._task_id, lambda: fast_reset.with_true_sky(self._task.world), paint)
         return dict(zip(self.spec, frames, strict=True))
 
 

@@ -112,7 +112,12 @@ def _add_marker(
     geom = scene.geoms[scene.ngeom]
     flat = np.eye(3) if mat is None else np.asarray(mat)
     mujoco.mjv_initGeom(
-        geom, type, np.asarray(size, float), np.asarray(pos, float), flat.ravel(), np.asarray(rgba, np.float32)
+        geom,
+        type,
+        np.asarray(size, float),
+        np.asarray(pos, float),
+        flat.ravel(),
+        np.asarray(rgba, np.float32),
     )
     geom.label = label
     scene.ngeom += 1

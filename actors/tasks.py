@@ -65,7 +65,9 @@ def check_observation(task: str, observation: str) -> None:
     if observation not in OBSERVATIONS:
         near = difflib.get_close_matches(observation, OBSERVATIONS, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"Unknown observation {observation!r}: choose one of {', '.join(OBSERVATIONS)}.{hint}")
+        raise UserError(
+            f"Unknown observation {observation!r}: choose one of {', '.join(OBSERVATIONS)}.{hint}"
+        )
     if "coordinates" in sources(observation) and not has_coordinates(task):
         raise UserError(
             f"Task {task} has no coordinates observation: only Safety{{{','.join(COORDINATE_ROBOTS)}}}"
@@ -96,7 +98,9 @@ def cameras(task: str, observation: str, names: str = "auto") -> tuple[str, ...]
     match = _NAVIGATION.fullmatch(task)
     if match is None or "vision" not in sources(observation):
         if names != "auto":
-            raise UserError(f"The {observation} observation of {task} uses no cameras, but {names!r} are given.")
+            raise UserError(
+                f"The {observation} observation of {task} uses no cameras, but {names!r} are given."
+            )
         return ()
     known = CAMERAS[match[1]]
     if names == "auto":

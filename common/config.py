@@ -515,7 +515,9 @@ def _problems(config: Config) -> Iterable[str]:
         yield "safety.penalty shapes plans: use it with policy planner, or safety.constraint pid"
     if config.policy == "planner" and safety.constraint != "none":
         yield "safety.constraint shapes an acting actor; with policy planner the planner keeps the limit"
-    if safety.cost_model in ("geometric", "tracked") and "coordinates" not in config.env.observation.split("+"):
+    if safety.cost_model in ("geometric", "tracked") and "coordinates" not in config.env.observation.split(
+        "+"
+    ):
         yield (
             f"safety.cost_model {safety.cost_model} reads hazard positions: {config.task} must be observed "
             "with env.observation coordinates (Goal tasks), or use a method that learns costs (osrp)"

@@ -11,7 +11,11 @@ _CACHE = tempfile.mkdtemp(prefix="safedreamer-jax-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-import pytest  # noqa: E402 (after the environment is set)
+import hypothesis  # noqa: E402 (after the environment is set)
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # it would measure the other tests
+hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_unconfigure() -> None:

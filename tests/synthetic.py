@@ -28,7 +28,7 @@ GOOD_RETURN = 0.5 * LIMIT  # waiting at the edge earns about 0.7 * LIMIT, standi
 COST_LIMIT = 3.0  # at the target: about LIMIT
 
 
-def line_spec(task: str, observation: str, action_repeat: int) -> EnvSpec:
+def line_spec(task: str, observation: str, action_repeat: int, cameras: str = "auto") -> EnvSpec:
     """The description of the task, as `actors.safety_gym.env_spec` gives it for real ones."""
     return EnvSpec(task, {"vector": ArraySpec((2,))}, 1, action_repeat, LIMIT)
 
@@ -36,14 +36,22 @@ def line_spec(task: str, observation: str, action_repeat: int) -> EnvSpec:
 class LineEnv:
     """A `common.types.EvaluationEnv`, with the constructors of `actors.vector_env.SafetyVectorEnv`."""
 
-    def __init__(self, task: str, observation: str, action_repeat: int, num_envs: int, seed: int):
+    def __init__(
+        self, task: str, observation: str, action_repeat: int, num_envs: int, seed: int, cameras: str = "auto"
+    ):
         self._set_up(line_spec(task, observation, action_repeat), num_envs)
         self._rng = np.random.default_rng(seed)
         self._cut = np.ceil(np.arange(1, num_envs + 1) / num_envs * LIMIT).astype(int)
 
     @classmethod
     def for_evaluation(
-        cls, task: str, observation: str, action_repeat: int, seeds: Sequence[int], render: bool = False
+        cls,
+        task: str,
+        observation: str,
+        action_repeat: int,
+        seeds: Sequence[int],
+        render: bool = False,
+        cameras: str = "auto",
     ) -> LineEnv:
         self = cls.__new__(cls)
         self._set_up(line_spec(task, observation, action_repeat), len(seeds))

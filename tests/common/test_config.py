@@ -30,7 +30,12 @@ def layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "methods/m.yaml": {
             "world_model": {"units": 2, "deter": 2},
             "sizes": {"s": {"world_model": {"units": 4}}},
-            "observations": {"coordinates": {"world_model": {"units": 6}}},
+            "observations": {
+                "coordinates": {
+                    "world_model": {"units": 6},
+                    "sizes": {"s": {"world_model": {"units": 7}}},
+                }
+            },
         },
         "methods/plain.yaml": {"world_model": {"units": 2}},
         "sizes/s.yaml": {"world_model": {"units": 3, "stoch": 3}},
@@ -45,20 +50,21 @@ def layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_later_layers_win(layers):
-    (layers / "file.yaml").write_text("world_model: {units: 7}")
-    (layers / "last.yaml").write_text("world_model: {units: 8}")
+    (layers / "file.yaml").write_text("world_model: {units: 8}")
+    (layers / "last.yaml").write_text("world_model: {units: 9}")
 
     def units(method: str, size: str, task: str, *files: str) -> int:
         return load(method, size, task, [layers / name for name in files]).world_model.units
 
     assert units("plain", "other", "Other") == 2  # the method over the default
     assert units("plain", "s", "Other") == 3  # the size over the method
-    assert units("m", "s", "Other") == 4  # the method's entry for the size over both
+    assert units("plain", "s", "SafetyPointGoal1-v0") == 5  # the task over the size
+    assert units("m", "s", "SafetyPointGoal1-v0") == 4  # the method's entry for the size over all three
     assert units("m", "other", "Other") == 2  # which is for that size only
-    assert units("m", "s", "SafetyPointGoal1-v0") == 5  # the task over these
-    assert units("m", "s", "SafetyCarGoal1-v0") == 6  # the method's entry for the task's observation
-    assert units("m", "s", "SafetyCarGoal1-v0", "file.yaml") == 7
-    assert units("m", "s", "SafetyCarGoal1-v0", "file.yaml", "last.yaml") == 8
+    assert units("m", "other", "SafetyCarGoal1-v0") == 6  # the method's entry for the task's observation
+    assert units("m", "s", "SafetyCarGoal1-v0") == 7  # and that for both
+    assert units("m", "s", "SafetyCarGoal1-v0", "file.yaml") == 8
+    assert units("m", "s", "SafetyCarGoal1-v0", "file.yaml", "last.yaml") == 9
     composed = load("m", "s", "Other").world_model
     assert (composed.deter, composed.stoch) == (2, 3)  # what later layers leave alone stays
     assert load("m", "s", "Other").seed == 1
@@ -66,8 +72,8 @@ def test_later_layers_win(layers):
 
 def test_the_observation_that_counts_is_the_one_chosen_last(layers):
     (layers / "file.yaml").write_text("env: {observation: lidar}")
-    assert load("m", "s", "SafetyCarGoal1-v0", [layers / "file.yaml"]).world_model.units == 5
-    chosen = load("m", "s", "Other", observation="coordinates")
+    assert load("m", "s", "SafetyCarGoal1-v0", [layers / "file.yaml"]).world_model.units == 4
+    chosen = load("m", "other", "Other", observation="coordinates")
     assert (chosen.world_model.units, chosen.env.observation) == (6, "coordinates")
 
 
@@ -167,7 +173,6 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
 def test_every_preset_passes_the_check_and_survives_its_file(tmp_path, method, size):
     config = load(method, size, GOAL)
     assert (config.method, config.size, config.task) == (method, size, GOAL)
-    assert config.env.observation == "coordinates"
     check(config)
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
@@ -181,9 +186,51 @@ def test_every_preset_passes_the_check_and_survives_its_file(tmp_path, method, s
 def test_methods_that_learn_costs_need_no_coordinates(method, size):
     for task in (VELOCITY, "SafetyDoggoButton2-v0", "SafetyRacecarCircle1-v0"):
         config = load(method, size, task)
-        assert config.env.observation == "lidar"
+        assert config.env.observation == ("vision" if (method, size) in PAPER_VISION else "lidar")
         check(config)
     check(load(method, size, GOAL, observation="lidar"))
+
+
+PAPER_VISION = [(method, "paper") for method in ("bsrp_lag", "osrp", "osrp_lag", "dreamerv3")]
+
+
+@pytest.mark.parametrize(
+    ("method", "observation", "figures"),
+    [
+        # policy, action repeat, cost limit, deter, units, stoch = classes, encoder, mixture, temperature
+        ("bsrp_lag", "vision", ("actor", 4, 2.0, 512, 512, 48, (5, 1024), None, None)),
+        ("osrp", "vision", ("planner", 5, 2.0, 512, 512, 48, (5, 1024), 0.0, 0.0)),
+        ("osrp_lag", "vision", ("planner", 4, 2.0, 512, 512, 48, (5, 1024), 0.0, 0.0)),
+        ("osrp_vector", "coordinates", ("planner", 5, 0.0, 256, 256, 16, (3, 256), 0.05, 0.0)),
+        ("dreamerv3", "vision", ("actor", 2, None, 512, 512, 48, (5, 1024), None, None)),
+        ("dreamerv3", "lidar", ("actor", 5, None, 512, 512, 32, (5, 1024), None, None)),
+        ("cem", "coordinates", ("planner", 5, None, 512, 512, 48, (5, 1024), 0.05, 10.0)),
+    ],
+)
+def test_paper_presets_hold_the_published_figures(method, observation, figures):
+    """ALGORITHM, section 4; None where the method has no such figure."""
+    chosen = None if observation in ("vision", "coordinates") else observation
+    config = load(method, "paper", GOAL, observation=chosen)
+    model, planner = config.world_model, config.planner
+    found = (
+        config.policy,
+        config.env.action_repeat,
+        config.safety.cost_limit,
+        model.deter,
+        model.units,
+        model.stoch,
+        (model.encoder_layers, model.encoder_units),
+        planner.mixture_coef,
+        planner.temperature,
+    )
+    assert config.env.observation == observation
+    assert [a for a, b in zip(found, figures, strict=True) if b is not None] == [
+        b for b in figures if b is not None
+    ]
+    assert model.classes == model.stoch
+    assert (model.head_layers, model.cnn_depth, config.learner.train_ratio) == (2, 32, 512)
+    assert (config.learner.batch_size, config.learner.batch_length) == (16, 64)
+    assert (planner.samples, planner.elites, planner.iterations, planner.horizon) == (500, 50, 6, 15)
 
 
 def test_task_presets():
@@ -219,7 +266,11 @@ COORDINATES = {"observation": "coordinates"}
         ({"learner": {"train_ratio": 0.01}}, "learner.train_ratio (0.01) is too small"),
         ({"safety": {"cost_model": "none", "constraint": "pid"}}, "constraint pid needs costs"),
         ({"safety": {"cost_model": "none", "constraint": "augmented"}}, "constraint augmented needs costs"),
-        ({"policy": "planner", "safety": {"cost_model": "none"}}, "policy planner needs costs"),
+        (
+            {"policy": "planner", "safety": {"cost_model": "none", "penalty": "pid"}},
+            "penalty pid needs costs",
+        ),
+        ({"safety": {"penalty": "pid"}}, "penalty shapes plans"),
         ({"policy": "planner", "safety": {"constraint": "pid"}}, "shapes an acting actor"),
         ({"safety": {"cost_model": "geometric"}}, "geometric reads hazard positions"),
         ({"safety": {"cost_model": "tracked"}}, "tracked reads hazard positions"),

@@ -81,8 +81,10 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seeds: list[int] = []
 
     class Capturing(LineEnv):
-        def __init__(self, task: str, observation: str, action_repeat: int, num_envs: int, seed: int):
-            super().__init__(task, observation, action_repeat, num_envs, seed)
+        def __init__(
+            self, task: str, observation: str, action_repeat: int, num_envs: int, seed: int, **options: Any
+        ):
+            super().__init__(task, observation, action_repeat, num_envs, seed, **options)
             seeds.append(seed)
 
     monkeypatch.setattr(wiring, "env_spec", line_spec)

@@ -181,12 +181,16 @@ def test_pid_does_not_wind_up() -> None:
     assert float(published[-1].integral) == pytest.approx(0.001 + 30 * 0.48 - 3 * 0.02, rel=1e-5)
 
 
-@pytest.mark.parametrize(("env_steps", "limit"), [(0, 14), (19_999, 14), (20_000, 12), (120_000, 2), (10**6, 2)])
+@pytest.mark.parametrize(
+    ("env_steps", "limit"), [(0, 14), (19_999, 14), (20_000, 12), (120_000, 2), (10**6, 2)]
+)
 def test_a_limit_decays_in_steps(env_steps: int, limit: float) -> None:
     cfg = dataclasses.replace(PID, init_cost_limit=14.0, decay_limit_step=2.0, decay_time_step=20_000)
     assert float(limit_at(jnp.asarray(env_steps), cfg, 2.0)) == limit
     assert float(limit_at(jnp.asarray(env_steps), PID, 2.0)) == 2.0
-    (state,) = run(dataclasses.replace(cfg, kp=1.0, ki=0.0, cap=99.0, warmup_env_steps=-1), [100.0], env_steps)
+    (state,) = run(
+        dataclasses.replace(cfg, kp=1.0, ki=0.0, cap=99.0, warmup_env_steps=-1), [100.0], env_steps=env_steps
+    )
     assert float(state.proportional) == pytest.approx(0.05 * (100.0 - limit), rel=1e-5)
 
 

@@ -34,7 +34,7 @@ PLANNING = build(planner_choice(learned_cost, PLANNER, BEHAVIOR, 2.0, explore=Fa
 def params() -> ActingParams:
     return ActingParams(
         filled(lambda: WorldModel(KEY, SPEC, MODEL, learn_cost=True)),
-        filled(lambda: Actor(KEY, FEAT, 2, BEHAVIOR), seed=1),
+        filled(lambda: Actor(KEY, FEAT, 2, BEHAVIOR), seed=1, scale=0.2),
         filled(lambda: Critic(KEY, FEAT, BEHAVIOR, MODEL), seed=2),
     )
 
@@ -145,7 +145,7 @@ def test_exploration_samples_and_evaluation_does_not(params: ActingParams) -> No
     following, actions, _ = EVALUATING.act(params, carry, observation(), LATER, KEY)
     np.testing.assert_allclose(actions, params.actor(following.latent.feat).mean, rtol=1e-5)
     explored = [EXPLORING.act(params, carry, observation(), LATER, k)[1] for k in jax.random.split(KEY, 2)]
-    assert np.abs(explored[0] - explored[1]).min() > 1e-3
+    assert np.abs(explored[0] - explored[1]).max(-1).min() > 1e-3  # in every environment
 
 
 def test_hazards_are_seen_where_they_are(params: ActingParams) -> None:
