@@ -49,12 +49,13 @@ def _bytes_of(path: Path, max_bytes: int) -> bytes:
         if not path.is_file():  # neither a directory nor a pipe, which would be waited for
             what = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}; give the checkpoint.ckpt of a published run")
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise UserError(f"{path} is larger than {max_bytes:,} bytes, so no published checkpoint")
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1) if path.stat().st_size <= max_bytes else None
+            data = file.read(size)  # no more than that, should it grow
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    if data is None or len(data) > max_bytes:
-        raise UserError(f"{path} is larger than {max_bytes:,} bytes, so no published checkpoint")
     if not data:
         raise UserError(f"{path} is empty; download it again")
     return data
