@@ -150,8 +150,8 @@ def _split(latent: int, cfg: Config, wanted: Wanted) -> tuple[int, int]:
     """
     stoch, classes = wanted.stoch, wanted.classes
     if stoch is not None or classes is not None:
-        stoch = stoch or latent // max(1, classes or 1)
-        classes = classes or latent // max(1, stoch)
+        stoch = latent // max(1, classes or 1) if stoch is None else stoch
+        classes = latent // max(1, stoch) if classes is None else classes
         hint = f"--stoch {stoch} and --classes {classes} make {stoch * classes}"
     elif cfg.world_model.stoch * cfg.world_model.classes == latent:
         return cfg.world_model.stoch, cfg.world_model.classes
