@@ -85,12 +85,17 @@ def write(run: Path, start: WarmStart) -> None:
 
 
 def read(run: Path) -> WarmStart | None:
-    """Where a run begins; None where it begins untrained."""
+    """Where a run begins; None where it begins untrained. Raises UserError where that is gone."""
     path = run / runs.WARM_START
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text())
-        return WarmStart(Path(content["checkpoint"]), int(content["random_steps"]))
+        start = WarmStart(Path(content["checkpoint"]), int(content["random_steps"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); start a new run with --from-checkpoint") from None
+    if not start.checkpoint.exists():
+        raise UserError(
+            f"this run begins from {start.checkpoint}, which is gone; put it back or start a new run"
+        )
+    return start

@@ -75,10 +75,15 @@ def imported(tmp_path: Path, method: str, **changes: Any) -> Path:
     return import_checkpoint(source, Wanted(method, TASK, **changes), tmp_path / f"{method}-imported")
 
 
-def assert_equal(ours: Any, theirs: Any) -> None:
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+def assert_same_numbers(ours: Any, theirs: Any) -> None:
+    """Every array, by its place; settings that shape none may differ."""
+    flat = [
+        {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (ours, theirs)
+    ]
+    assert flat[0].keys() == flat[1].keys()
+    for path, value in flat[1].items():
+        np.testing.assert_array_equal(flat[0][path], value, err_msg=path)
 
 
 # --- import -------------------------------------------------------------------------------------
@@ -88,7 +93,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 def test_every_method_imports_and_again_equal(tmp_path, described, method):
     state, meta = restored(imported(tmp_path, method))
     again = import_checkpoint(tmp_path / f"{method}.ckpt", Wanted(method, TASK), tmp_path / "again")
-    assert_equal(restored(again)[0], state)
+    assert_same_numbers(restored(again)[0], state)
 
     repeat = meta["config"]["env"]["action_repeat"]
     updates = int(published.variables(method)["agent/task_behavior/critic/updates/value"])
@@ -116,13 +121,12 @@ def test_imported_agents_are_those_whose_every_number_is_compared(tmp_path, desc
     ours, meta = restored(path)
     names = ("model", "actor", "critic", "cost_critic", "moments", "cost_moments")
     for name in names:
-        assert_equal(getattr(ours, name), getattr(system.state, name))
+        assert_same_numbers(getattr(ours, name), getattr(system.state, name))
     if method == "bsrp_lag":
-        assert_equal(ours.multiplier, system.state.multiplier)
+        assert_same_numbers(ours.multiplier, system.state.multiplier)
     cfg = runs.config_of(path, meta)
-    assert cfg.world_model == system.cfg.world_model
-    assert cfg.behavior.units == system.cfg.behavior.units
     assert cfg.safety == system.cfg.safety
+    assert cfg.world_model.stoch == system.cfg.world_model.stoch
 
 
 def test_the_actor_of_an_imported_agent_acts_as_recorded(tmp_path, described):
@@ -139,7 +143,8 @@ def test_the_actor_of_an_imported_agent_acts_as_recorded(tmp_path, described):
     for t, expected in enumerate(run["out/action"]):
         obs = {name: run[f"obs/{name}"][t] for name in ("image", "image2")}
         carry, actions, _ = act(params, carry, obs, run["obs/is_first"][t], jax.random.PRNGKey(0))
-        recorded.assert_close(actions, expected, 1e-4, f"decision {t}")
+        # The published policy leaves it to the environment to clip.
+        recorded.assert_close(actions, np.clip(expected, -1.0, 1.0), 1e-4, f"decision {t}")
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -315,7 +320,8 @@ def test_an_imported_agent_is_trained_further_and_resumed(ours, cli, tmp_path, p
     shutil.rmtree(run / "checkpoints")
     result = cli("train", "--resume", run, "--env-steps", 3_000)
     assert result.code == 2
-    assert "no run or checkpoint at" in result.err or "checkpoint" in result.err
+    assert "this run begins from" in result.err
+    assert "is gone" in result.err
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_there_again(ours, tmp_path, short):
@@ -352,4 +358,4 @@ def test_a_checkpoint_of_another_shape_is_refused(ours, refused, tmp_path):  # n
     assert "--resume" in refusal_of("--resume", run)
     assert "model/cost_head" in refusal_of("--safety.cost-model", "learned")
     assert "no run or checkpoint at" in refused("train", "--from-checkpoint", tmp_path / "absent")
-    assert "config" in refused("train", "--from-checkpoint", AUTHORS.parent)
+    assert "no complete checkpoint" in refused("train", "--from-checkpoint", AUTHORS.parent)
