@@ -74,13 +74,17 @@ class Vision:
 
         def paint(canvas: Canvas) -> list[np.ndarray]:
             cameras = [model.camera(name).id for name in self._cameras]  # KeyError for an unknown name
-            size = (IMAGE_SIZE, IMAGE_SIZE)
             return [
-                canvas.picture(model, data, camera, size, visible=in_view(model, data, camera))
+                canvas.picture(model, data, camera, visible=in_view(model, data, camera))
                 for camera in cameras
             ]
 
-        frames = self._renderer.draw(self._task_id, lambda: fast_reset.with_true_sky(self._task.world), paint)
+        frames = self._renderer.draw(
+            self._task_id,
+            (IMAGE_SIZE, IMAGE_SIZE),
+            lambda: fast_reset.with_true_sky(self._task.world),
+            paint,
+        )
         return dict(zip(self.spec, frames, strict=True))
 
 
@@ -125,6 +129,7 @@ class OutsideView:
         model, data, markers = self._task.model, self._task.data, tuple(self._markers)
         return self._renderer.draw(
             self._task_id,
+            rendering.FRAME_SIZE,
             lambda: fast_reset.with_true_sky(self._task.world),
-            lambda canvas: canvas.picture(model, data, camera_id, rendering.FRAME_SIZE, markers=markers),
+            lambda canvas: canvas.picture(model, data, camera_id, markers=markers),
         )

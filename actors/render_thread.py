@@ -22,21 +22,26 @@ from actors.compat import mujoco
 from common.types import UserError
 
 _T = TypeVar("_T")
-_MAX_CANVASES = 2  # a process has one task; only tests have several
+Size = tuple[int, int]  # width, height, pixels
+_MAX_CANVASES = 2  # a process has one task, whose environments see and are seen; only tests have several
 _MAX_GEOMS = 1000
 _EXIT_SECONDS = 10.0  # a driver that hangs must not keep the process alive
 
 
 class Canvas:
-    """An OpenGL context with the textures and meshes of one task. Only the render thread touches it."""
+    """An OpenGL context with the textures and meshes of one task, for pictures of one size.
 
-    def __init__(self, model: Any):
-        width, height = rendering.FRAME_SIZE  # the largest picture
+    Only the render thread touches it. A larger buffer would serve smaller pictures too, but 10 % slower.
+    """
+
+    def __init__(self, model: Any, size: Size):
+        width, height = size
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         self._gl = _gl_context(width, height)
         self._gl.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._viewport = mujoco.MjrRect(0, 0, width, height)
         self._scene = mujoco.MjvScene(model, _MAX_GEOMS)
         self._option, self._unperturbed = mujoco.MjvOption(), mujoco.MjvPerturb()
         self._camera = mujoco.MjvCamera()
@@ -50,7 +55,6 @@ class Canvas:
         model: Any,
         data: Any,
         camera: int,
-        size: tuple[int, int],
         *,
         visible: np.ndarray | None = None,
         markers: Sequence[dict[str, Any]] = (),
@@ -58,11 +62,10 @@ class Canvas:
         """What a camera of the task's current model sees, uint8 [height, width, 3]; a new array.
 
         Args:
-            size: (width, height), at most `rendering.FRAME_SIZE`.
             visible: bool [ngeom], geoms to draw; None draws all.
             markers: geoms to add, as the package's `add_marker` gets them.
         """
-        scene, viewport = self._scene, mujoco.MjrRect(0, 0, *size)
+        scene, viewport = self._scene, self._viewport
         self._camera.fixedcamid = camera
         # Groups are how MuJoCo leaves geoms out; they mean nothing to the physics.
         groups = model.geom_group.copy()
@@ -128,7 +131,7 @@ class RenderThread:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[tuple[Callable[[], Any], Future] | None] = SimpleQueue()
-        self._canvases: OrderedDict[str, Canvas] = OrderedDict()  # the least recently used first
+        self._canvases: OrderedDict[tuple[str, Size], Canvas] = OrderedDict()  # the least recently used first
         # A daemon, because the interpreter joins others before it runs the exit handler that stops it.
         self._thread = threading.Thread(target=self._work, name="render", daemon=True)
         self._thread.start()
@@ -139,22 +142,27 @@ class RenderThread:
         self._jobs.put((job, future))
         return future.result()
 
-    def draw(self, task: str, make_model: Callable[[], Any], paint: Callable[[Canvas], _T]) -> _T:
-        """`paint` with the canvas of `task`, which is made from `make_model()` when there is none."""
-        return self.call(lambda: paint(self._canvas(task, make_model)))
+    def draw(self, task: str, size: Size, make_model: Callable[[], Any], paint: Callable[[Canvas], _T]) -> _T:
+        """What `paint` returns for the canvas of a task and size.
+
+        Args:
+            make_model: gives a model with the task's textures, when there is no canvas yet.
+        """
+        return self.call(lambda: paint(self._canvas(task, size, make_model)))
 
     def close(self) -> None:
         """Frees the contexts and ends the thread."""
         self._jobs.put(None)
         self._thread.join(_EXIT_SECONDS)
 
-    def _canvas(self, task: str, make_model: Callable[[], Any]) -> Canvas:
-        if task not in self._canvases:
+    def _canvas(self, task: str, size: Size, make_model: Callable[[], Any]) -> Canvas:
+        key = task, size
+        if key not in self._canvases:
             while len(self._canvases) >= _MAX_CANVASES:
                 self._canvases.popitem(last=False)[1].free()
-            self._canvases[task] = Canvas(make_model())
-        self._canvases.move_to_end(task)
-        canvas = self._canvases[task]
+            self._canvases[key] = Canvas(make_model(), size)
+        self._canvases.move_to_end(key)
+        canvas = self._canvases[key]
         canvas.make_current()
         return canvas
 

@@ -71,7 +71,8 @@ def check_observation(task: str, observation: str) -> None:
     if "coordinates" in sources(observation) and not has_coordinates(task):
         raise UserError(
             f"Task {task} has no coordinates observation: only Safety{{{','.join(COORDINATE_ROBOTS)}}}"
-            f"Goal{{0,1,2}}-v0 have it. Use --env.observation {observation.replace('coordinates', 'lidar')}."
+            f"Goal{{0,1,2}}-v0 have it. Use --env.observation {observation.replace('coordinates', 'lidar')} "
+            "and a method that learns costs."
         )
     if "vision" in sources(observation) and not is_navigation(task):
         raise UserError(

@@ -312,7 +312,18 @@ _T = Any  # a dataclass instance
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a number, as YAML 1.2 does and YAML 1.1 does not."""
+    """SafeLoader that reads `1e-3` as a number, as YAML 1.2 does and YAML 1.1 does not, and refuses a key
+    that stands twice in one mapping: the first one's settings would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        names = [key.value for key in keys]
+        for key in keys:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{key.value}` stands twice in one group", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -413,16 +424,17 @@ def load(
 ) -> Config:
     """Composes default, method, size, task, the method's own entries for that size and observation, files.
 
-    Method, size and task that are not given are those that the files name, else the defaults; the
-    observation is the task's.
+    Method, size and task that are not given are those that the files name, else the defaults; the default
+    method and the observation are the task's.
     """
     file_layers = [(str(path), read_yaml(path)) for path in files]
     chosen: Config = Config()
     for source, layer in file_layers:
         chosen = merge(chosen, {key: layer[key] for key in _CHOICES if key in layer}, source)
-    method = method or chosen.method
-    size = size or chosen.size
-    task = task or chosen.task
+    named = {key for _, layer in file_layers for key in _CHOICES if key in layer}
+    task, size = task or chosen.task, size or chosen.size
+    task_layers, suited = _task_layers(task)
+    method = method or (chosen.method if "method" in named or not suited else suited)
     method_layer = _preset("method", method)
     special = {key: method_layer.pop(key, {}) for key in ("sizes", "observations")}
     config = merge(Config(), read_yaml(CONFIG_DIR / "default.yaml"), "configs/default.yaml")
@@ -430,7 +442,7 @@ def load(
     for name, layer in [
         (source, method_layer),
         (f"configs/sizes/{size}.yaml", _preset("size", size)),
-        *_task_layers(task),
+        *task_layers,
         (f"{source}, sizes.{size}", special["sizes"].get(size, {})),
     ]:
         config = merge(config, layer, name)
@@ -458,14 +470,15 @@ def _preset(kind: str, name: str) -> dict[str, Any]:
     return read_yaml(CONFIG_DIR / f"{kind}s" / f"{name}.yaml")
 
 
-def _task_layers(task: str) -> list[tuple[str, dict[str, Any]]]:
-    """Task presets whose `match` patterns fit; a family's preset serves all of its tasks."""
-    layers = []
+def _task_layers(task: str) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:
+    """Task presets whose `match` patterns fit, and the default method that they name, if any."""
+    layers, method = [], None
     for path in sorted((CONFIG_DIR / "tasks").glob("*.yaml")):
         layer = read_yaml(path)
         if any(fnmatch.fnmatchcase(task, pattern) for pattern in layer.pop("match")):
+            method = layer.pop("method", method)
             layers.append((f"configs/tasks/{path.name}", layer))
-    return layers
+    return layers, method
 
 
 def to_dict(config: _T) -> dict[str, Any]:

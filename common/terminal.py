@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from common.status import Evaluation as Evaluation
 from common.status import Status as Status
@@ -145,7 +146,8 @@ def print_result(result: RunResult, console: Console | None = None) -> None:
 
 
 def _summary_table(title: str, summary: Mapping[str, float]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
+    heading = Text(title, no_wrap=True, overflow="ignore")  # else broken at the width of the table
+    table = Table(title=heading, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name in ("return", "cost"):

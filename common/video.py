@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,6 +43,8 @@ class VideoWriter:
     def __enter__(self) -> Self:
         import imageio.v2 as imageio
 
+        # imageio starts ffmpeg at the first frame by a fork, against which jax warns: it execs at once.
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
         self._writer = imageio.get_writer(
             self._path, format="FFMPEG", mode="I", fps=self._fps, macro_block_size=4, ffmpeg_log_level="error"
         )

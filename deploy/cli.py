@@ -116,6 +116,8 @@ def _eval(argv: list[str]) -> int:
     args = parse(EvalArgs, argv, "eval")
     if args.episodes < 1:
         raise UserError("--episodes must be at least 1")
+    if args.seed < 0:
+        raise UserError("--seed must be at least 0")
     if args.video is not None:
         check_video_path(args.video)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -169,7 +169,7 @@ class Driver:
         prefill = 0 if started.meta else math.ceil(self._random_steps(started) / self._cfg.actors.count)
         for index in range(self._cfg.actors.count):
             self._launch_actor(index, self._counters.env_steps, prefill)
-        self._clock = self._logged_at = self._saved_at = time.monotonic()
+        self._logged_at = self._saved_at = time.monotonic()
         self._learn()
 
     def _random_steps(self, started: Started) -> int:

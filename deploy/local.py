@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ class RayProxy:
 
 
 class _Replay:
-    """A replay server in a process of its own."""
+    """A replay server in a process of its own; what Reverb says goes to a file, not across the view."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, directory: Path):
+    def __init__(self, cfg: Config, spec: EnvSpec, directory: Path, log: Path):
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 2)
         self._server = ReplayServer(
             replay_spec(spec),
             cfg.replay,
@@ -101,7 +104,8 @@ class RayWorkers:
         self._actors: dict[int, Any] = {}
         try:
             self._holder = self._start(Holder)
-            self.replay = RayProxy(self._start(_Replay, cfg, spec, run / runs.REPLAY, env=_ON_CPU))
+            log = run / runs.REPLAY_LOG
+            self.replay = RayProxy(self._start(_Replay, cfg, spec, run / runs.REPLAY, log, env=_ON_CPU))
             self._address, self.messages = self.replay.call("where").result(_READY_SECONDS)
             arguments = (cfg, spec, run, self._holder, self._address)
             self.learner = RayProxy(self._start(_Learner, *arguments, gpu=_gpus()))
@@ -146,11 +150,16 @@ def start_ray() -> None:
     """A Ray on this machine for this process alone. Raises UserError with the nearest right thing to do."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    # Ray's helpers import for longer than its 30 s on a busy laptop; its end would be ours, without a word.
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray would write escape codes into files, too
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     try:
         with signals.held_back():  # Ray would take the handler of SIGTERM, and its processes would see Ctrl-C
             ray.init(
                 address="local",
+                _node_ip_address="127.0.0.1",  # nobody else shall reach it, and it needs no network
                 include_dashboard=False,
                 configure_logging=True,
                 logging_level="error",

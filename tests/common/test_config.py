@@ -146,6 +146,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path):
         ("- seed\n- 1", "must hold `name: value` lines, not a list"),
         ("seed 1", "must hold `name: value` lines, not a str"),
         (b"\xff\xfe\x00", "cannot be read as YAML"),
+        ("learner: {prefill: 1}\nlearner: {batch_size: 2}", "`learner` stands twice in one group"),
         ("a: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
     ],
 )
@@ -181,7 +182,7 @@ def test_every_preset_passes_the_check_and_survives_its_file(tmp_path, method, s
     assert load(files=[path]) == config
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"osrp_vector"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"osrp_vector", "osrp_tracked"}))
 @pytest.mark.parametrize("size", SIZES)
 def test_methods_that_learn_costs_need_no_coordinates(method, size):
     for task in (VELOCITY, "SafetyDoggoButton2-v0", "SafetyRacecarCircle1-v0"):
@@ -231,6 +232,14 @@ def test_paper_presets_hold_the_published_figures(method, observation, figures):
     assert (model.head_layers, model.cnn_depth, config.learner.train_ratio) == (2, 32, 512)
     assert (config.learner.batch_size, config.learner.batch_length) == (16, 64)
     assert (planner.samples, planner.elites, planner.iterations, planner.horizon) == (500, 50, 6, 15)
+
+
+def test_a_task_may_name_its_default_method(tmp_path):
+    assert load().method == "osrp_tracked"
+    assert load(task="SafetyPointGoal0-v0").method == load(task=VELOCITY).method == "bsrp_pid"
+    assert load(method="osrp", task=GOAL).method == "osrp"
+    (tmp_path / "file.yaml").write_text("method: bsrp_pid")  # although it is the general default
+    assert load(task=GOAL, files=[tmp_path / "file.yaml"]).method == "bsrp_pid"
 
 
 def test_task_presets():

@@ -229,8 +229,8 @@ def test_result_prints_paths_unbroken():
 
 
 def test_eval_table_shows_mean_and_spread():
-    out = io.StringIO()
-    Console(file=out, width=80, force_terminal=False).print(eval_table(SUMMARY, title="10 episodes, seed 0"))
+    out, title = io.StringIO(), "a title that is wider than the table, 2,000,000 env steps"
+    Console(file=out, width=80, force_terminal=False).print(eval_table(SUMMARY, title=title))
     text = out.getvalue()
-    for expected in ("10 episodes, seed 0", "19.25 ± 2.00", "12.50 ± 4.00", "0.0125", "1,000"):
+    for expected in (title, "19.25 ± 2.00", "12.50 ± 4.00", "0.0125", "1,000"):
         assert expected in text

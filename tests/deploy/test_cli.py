@@ -104,6 +104,7 @@ def refused(cli: Callable) -> Callable[..., str]:
         ("eval", "Missing from safedreamer eval: PATH"),
         ("eval nowhere", "no run or checkpoint at "),
         ("eval . --episodes 0", "--episodes must be at least 1"),
+        ("eval . --seed -3", "--seed must be at least 0"),
         ("eval . --episodes many", "Error parsing --episodes"),
         ("eval . --video film.gif", "videos are written as .mp4, not '.gif'"),
         ("eval . --video film", "videos are written as .mp4, not 'film'"),

@@ -143,6 +143,7 @@ def test_a_run_under_ray_survives_a_killed_actor(ray_session, tmp_path, tiny_con
     assert sources == {"actor0", "actor1"}
     assert counters(run) == outcome.counters
     assert (run / runs.PLOT).is_file()
+    assert "Started replay server" in (run / runs.REPLAY_LOG).read_text()
     table = capsys.readouterr().out
     assert "realised train ratio" in table
     assert f"run: {run}" in table
