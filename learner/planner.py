@@ -54,7 +54,7 @@ def plan(
 ) -> Plan:
     """Refines an action sequence by the cross-entropy method under a cost limit.
 
-    Each iteration draws `cfg.samples` sequences around the mean, adds the proposals, keeps
+    Each iteration draws `cfg.samples` sequences around the mean, after the proposals, keeps
     `cfg.elites` of them (see `elite_indices`) and moves:
     mean <- m mean + (1 - m) E[elites], std <- std(elites), both weighted by
     exp(temperature (objective - best)): equally at temperature 0 (OSRP), softly above (CEM).
@@ -70,7 +70,7 @@ def plan(
         key_noise, key_score = jax.random.split(key)
         noise = jax.random.normal(key_noise, (cfg.samples, *mean.shape))
         drawn = jnp.clip(mean + std * noise, -1.0, 1.0)
-        candidates = jnp.concatenate([drawn, proposals])
+        candidates = jnp.concatenate([proposals, drawn])
         scores = score(candidates, key_score)
         safe = scores.cost <= cost_limit
         elites = elite_indices(scores.objective, scores.cost, safe, cfg.elites)
@@ -169,7 +169,8 @@ def actor_proposals(
     key: PRNGKeyArray,
     features: Features = LATENT,
 ) -> Float[Array, "M H+1 A"]:
-    """Action sequences of the actor, imagined from one state."""
+    """Action sequences of the actor, imagined from one state; unbounded, as published (the model bounds
+    every action that it is given, the policy the one that it returns)."""
     if count == 0:
         return jnp.zeros((0, horizon + 1, actor.action_size))
     key_noise, key_state = jax.random.split(key)
@@ -178,7 +179,7 @@ def actor_proposals(
 
     def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, Array]:
         noise_t, gumbel_t = inputs
-        action = jnp.clip(actor(features.read(state)).sample_with(noise_t), -1.0, 1.0)
+        action = actor(features.read(state)).sample_with(noise_t)
         return _follow(model, state, action, gumbel_t), action
 
     _, actions = jax.lax.scan(step, _repeat(start, count), (noise, gumbel))

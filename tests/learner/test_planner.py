@@ -216,10 +216,8 @@ def test_proposals_are_the_actors(model: WorldModel, start: State) -> None:
     actor = filled(lambda: Actor(KEY, FEAT, 2, BEHAVIOR), seed=2)
     sequences = jax.jit(actor_proposals, static_argnums=(3, 4))(model, actor, start, 200, 3, KEY)
     assert sequences.shape == (200, 4, 2)
-    assert float(np.abs(sequences).max()) <= 1.0
     policy = actor(start.latent.feat)
-    samples = policy.sample_with(jax.random.normal(KEY, (4000, 2)))
-    expected = np.clip(samples, -1, 1)
+    expected = np.asarray(policy.sample_with(jax.random.normal(KEY, (4000, 2))))
     np.testing.assert_allclose(sequences[:, 0].mean(0), expected.mean(0), atol=0.15)
     np.testing.assert_allclose(sequences[:, 0].std(0), expected.std(0), atol=0.15)
     assert actor_proposals(model, actor, start, 0, 3, KEY).shape == (0, 4, 2)

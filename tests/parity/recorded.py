@@ -21,6 +21,7 @@ from common.config import Config, load, merge
 from common.types import ArraySpec, Batch, EnvSpec
 from deploy import wiring
 from learner.reference_variables import assign
+from learner.rssm import Latent
 from learner.train_step import TrainState, TrainStep
 
 Recorded = Mapping[str, np.ndarray]
@@ -33,8 +34,13 @@ _LONG, _STRIDE = 4096, 17
 # What the recording made smaller; all else is as in the method's preset.
 _SMALL = {
     "world_model": {
-        **{"deter": 32, "units": 16, "stoch": 4, "classes": 4},
-        **{"encoder_layers": 2, "encoder_units": 16, "cnn_depth": 8},
+        "deter": 32,
+        "units": 16,
+        "stoch": 4,
+        "classes": 4,
+        "encoder_layers": 2,
+        "encoder_units": 16,
+        "cnn_depth": 8,
     },
     "behavior": {"units": 16, "horizon": 5},
     "planner": {"samples": 32, "elites": 8, "horizon": 5, "iterations": 3},
@@ -65,6 +71,11 @@ class System:
     def group(self, prefix: str) -> dict[str, np.ndarray]:
         """All arrays below a name, by the rest of their names."""
         return group(self.recorded, prefix)
+
+
+def latents(recorded: Recorded, deter: str, stoch: str) -> Latent:
+    """Two recorded arrays as latents."""
+    return Latent(jnp.asarray(recorded[deter]), jnp.asarray(recorded[stoch]))
 
 
 def group(recorded: Recorded, prefix: str) -> dict[str, np.ndarray]:
@@ -109,9 +120,9 @@ def system(method: str) -> System:
 # --- pinned randomness --------------------------------------------------------------------------
 
 
-def sines(count: int, actions: int) -> np.ndarray:
+def sines(count: int, actions: int) -> jax.Array:
     """The actor's recorded noise, [count, actions]: sin 0, sin 1, ..."""
-    return np.sin(np.arange(count * actions, dtype=np.float32)).reshape(count, actions)
+    return jnp.asarray(np.sin(np.arange(count * actions, dtype=np.float32)).reshape(count, actions))
 
 
 def _normal(key: Any, shape: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
@@ -145,15 +156,24 @@ def pin(function: Callable, normal: Callable = _normal) -> Callable:
 
 TOLERANCE = 1e-5
 
+# A two-hot mean is a sum of p * bin in which bins up to 20 cancel each other: what it and everything made
+# of it (returns, advantages) can be exact to is a number of order one.
+BINS = 1.0
 
-def assert_close(ours: Any, theirs: np.ndarray, tolerance: float = TOLERANCE, name: str = "") -> None:
+
+def assert_close(
+    ours: Any, theirs: Any, *, tolerance: float = TOLERANCE, terms: float = 0.0, name: str = ""
+) -> None:
     """|ours - theirs| <= tolerance (|theirs| + rms(theirs)); ours is thinned as the recording is.
 
     A float32 sum has an error relative to its terms, not to what cancels out of them: so a number near
     zero may differ by as much as a typical number of its array.
+
+    Args:
+        terms: size of the summed terms, where it is more than what the array's numbers show.
     """
-    ours = np.asarray(ours)
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
     ours = thinned(ours) if ours.shape != theirs.shape else ours
     assert ours.shape == theirs.shape, f"{name}: {ours.shape} and {theirs.shape}"
-    scale = float(np.sqrt(np.square(theirs, dtype=np.float64).mean()))
+    scale = max(terms, float(np.sqrt(np.square(theirs, dtype=np.float64).mean())))
     np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, err_msg=name)
