@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from common import checkpoint
 from common import config as configuration
 from common.config import Config
@@ -19,7 +21,7 @@ from learner.codec import image_keys
 from learner.reference_checkpoint import ReferenceCheckpoint, read
 from learner.reference_sizes import Sizes
 from learner.reference_variables import assign
-from learner.train_step import TrainState
+from learner.train_step import TrainState, TrainStep
 
 _SIZE = "paper"  # the preset of everything that shapes do not tell
 
@@ -45,12 +47,14 @@ def import_checkpoint(path: Path, wanted: Wanted, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; choose another --out")
     cfg = load_config(wanted)
-    published = read(path)
-    cfg, state = convert(published, cfg, wanted, wiring.spec_of(cfg))
-    step, updates = published.step * cfg.env.action_repeat, int(state.updates)
+    spec, published = wiring.spec_of(cfg), read(path)
+    agent_steps = published.step
+    cfg, state = convert(published, cfg, wanted, spec)
+    del published  # as large as all that is still to be done
+    step, updates = agent_steps * cfg.env.action_repeat, int(state.updates)
     counters = Counters(
         env_steps=step,
-        agent_steps=published.step,
+        agent_steps=agent_steps,
         replayed_steps=updates * cfg.learner.batch_size * cfg.learner.batch_length,
         updates=updates,
     )
@@ -83,8 +87,18 @@ def convert(
     _check_environment(sizes, cfg, spec)
     cfg = _sized(cfg, sizes, wanted)
     configuration.check(cfg)
-    blank = wiring.train_step(cfg, spec).init(cfg.seed)
-    return cfg, assign(published.variables, blank, published.optimizers)
+    return cfg, assign(published.variables, _template(wiring.train_step(cfg, spec)), published.optimizers)
+
+
+def _template(train: TrainStep) -> TrainState:
+    """A new state of which only that exists which no published checkpoint holds: it is large."""
+    anew = ("moments", "cost_moments", "multiplier", "bad_in_row", "key")
+
+    def start() -> dict[str, Any]:
+        state = train.init(train.cfg.seed)
+        return {name: getattr(state, name) for name in anew}
+
+    return jax.eval_shape(train.init, train.cfg.seed)._replace(**jax.jit(start)())
 
 
 def _check_method(published: ReferenceCheckpoint, method: str) -> None:
