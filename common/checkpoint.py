@@ -122,6 +122,12 @@ def restore(path: Path, like: Params) -> Restored:
     return Restored(content["step"], tree, content["meta"])
 
 
+def check_fit(path: Path, like: Params) -> None:
+    """Raises UserError when a checkpoint does not hold exactly the arrays of `like`; reads none of them."""
+    expected = {name: _describe(leaf) for name, leaf in _flatten(like).items()}
+    _check_fit(path, read_manifest(Path(path))["arrays"], expected)
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """The `meta` of one checkpoint, without reading its arrays."""
     return read_manifest(Path(path))["meta"]

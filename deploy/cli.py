@@ -1,96 +1,44 @@
-"""The command line: safedreamer train | eval | plot | doctor | list."""
+"""The command line: safedreamer train | eval | import | plot | doctor | list."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
 from rich.console import Console
 
 from common import config as configuration
 from common.config import Config
 from common.types import UserError
 from common.video import check_video_path
-
-_Args = TypeVar("_Args")
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+from deploy.flags import EvalArgs, ImportArgs, PlotArgs, parse, parse_train
 
 USAGE = """usage: safedreamer COMMAND [OPTIONS]
 
   train    train an agent, or continue one        safedreamer train --help
   eval     evaluate a run or a checkpoint         safedreamer eval --help
+  import   convert a published checkpoint         safedreamer import --help
   plot     curves of several runs in one figure   safedreamer plot --help
   doctor   check this machine
   list     methods, sizes and tasks
 """
 
 
-@dataclass(frozen=True)
-class TrainArgs:
-    """Train an agent. The options below `run` choose presets and files; all others are single settings,
-    shown with the defaults that the chosen presets give them."""
-
-    settings: Annotated[Config, tyro.conf.arg(name="")]
-    run_dir: Path | None = None
-    """Directory of the new run. Default: runs/TASK/METHOD-SIZE-seedN-TIME."""
-    resume: Path | None = None
-    """Continue this run with its saved configuration; only env steps, logging, evaluation, checkpoints,
-    backend and number of actors may change."""
-    config: tuple[Path, ...] = field(default=())
-    """YAML files with settings; they win over presets, flags win over them."""
-    wandb: Literal["online", "offline", "off"] | None = None
-    """Short for --logging.wandb."""
-    print_config: bool = False
-    """Print the resolved configuration as YAML and stop."""
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """Evaluate the policy of a run (its newest checkpoint) or of one checkpoint, without exploration."""
-
-    path: tyro.conf.Positional[Path]
-    """Run directory or checkpoint."""
-    episodes: int = 10
-    """Episodes, one per held-out layout."""
-    seed: int = 0
-    """Seed of the layouts."""
-    task: str | None = None
-    """Refuse a checkpoint of another task."""
-    observation: str | None = None
-    """Refuse a checkpoint of another observation."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
-    video: Path | None = None
-    """Write the first episode as an mp4, seen from outside."""
-
-
-@dataclass(frozen=True)
-class PlotArgs:
-    """Draw the evaluations of several runs over env steps: return and cost."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories."""
-    out: Path = Path("curves.png")
-    """The figure to write."""
-    mean: bool = False
-    """One line: the mean over the runs, and their range."""
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 user error, 128 + n signal n."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "eval": _eval, "plot": _plot, "doctor": _doctor, "list": _list}
+    commands = {
+        "train": _train,
+        "eval": _eval,
+        "import": _import,
+        "plot": _plot,
+        "doctor": _doctor,
+        "list": _list,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if argv else 2)
@@ -115,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(argv: list[str]) -> int:
-    args, saved = _parse_train(argv)
+    args, saved, warm = parse_train(argv)
     cfg = args.settings
     if args.wandb is not None:
         cfg = configuration.merge(cfg, {"logging": {"wandb": args.wandb}}, "--wandb")
@@ -132,9 +80,13 @@ def _train(argv: list[str]) -> int:
         return _run(cfg, args.resume.absolute(), resume=True)
     from deploy.train import check
 
-    check(cfg)  # before a directory is made
+    check(cfg, warm)  # before a directory is made
     run = runs.create(args.run_dir or runs.default_path(cfg), cfg)
     try:
+        if warm is not None:
+            from deploy import warm_start
+
+            warm_start.write(run, warm)
         return _run(cfg, run, resume=False)
     finally:
         runs.discard_unused(run)
@@ -160,64 +112,8 @@ def _run(cfg: Config, run: Path, *, resume: bool) -> int:
     return exit_code(outcome)
 
 
-def _parse_train(argv: list[str]) -> tuple[TrainArgs, Config | None]:
-    """The arguments, and the saved configuration of the run that is resumed, if any.
-
-    Presets and files are read first: they give the flags their defaults.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("method", "size", "task"):
-        first.add_argument(f"--{name}")
-    first.add_argument("--config", nargs="+", type=Path, action="extend", default=[])
-    first.add_argument("--resume", type=Path)
-    first.add_argument("--env.observation", dest="observation")
-    try:
-        chosen, _ = first.parse_known_args(argv)
-    except argparse.ArgumentError as error:  # a flag without its value
-        raise UserError(f"{error.argument_name}: {error.message}") from None
-    saved = None
-    if chosen.resume is None:
-        defaults = configuration.load(
-            chosen.method, chosen.size, chosen.task, chosen.config, chosen.observation
-        )
-    else:
-        from deploy import run_dir as runs
-
-        defaults = saved = runs.read_config(chosen.resume)
-        for path in chosen.config:
-            defaults = configuration.merge(defaults, configuration.read_yaml(path), str(path))
-    args = _parse(TrainArgs, argv, "train", default=TrainArgs(defaults))
-    if args.resume is not None and args.run_dir is not None:
-        raise UserError("--resume continues in the run's own directory; leave out --run-dir")
-    return args, saved
-
-
-def _parse(form: type[_Args], argv: list[str], command: str, default: _Args | None = None) -> _Args:
-    """tyro's parser; of its page-long panel about an error, the sentence that says what is wrong."""
-    panel = io.StringIO()
-    extra: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(panel):
-            return tyro.cli(form, args=argv, prog=f"safedreamer {command}", **extra)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-    paragraphs: list[list[str]] = [[]]
-    for line in _ESCAPES.sub("", panel.getvalue()).splitlines()[1:]:  # below the title
-        text = line.strip(" │")
-        if set(text) <= set("─-╰╯"):
-            paragraphs.append([])
-        else:
-            paragraphs[-1].append(text)
-    paragraphs = [lines for lines in paragraphs if lines]
-    near = next((lines[1].split()[0] for lines in paragraphs if lines[0].startswith("Perhaps")), "")
-    hint = f" (did you mean `{near}`?)" if near else ""
-    sentence = " ".join(paragraphs[0]).removesuffix(".")
-    raise UserError(f"{sentence}{hint}; `safedreamer {command} --help` explains the options")
-
-
 def _eval(argv: list[str]) -> int:
-    args = _parse(EvalArgs, argv, "eval")
+    args = parse(EvalArgs, argv, "eval")
     if args.episodes < 1:
         raise UserError("--episodes must be at least 1")
     if args.seed < 0:
@@ -245,6 +141,18 @@ def _eval(argv: list[str]) -> int:
     return 0
 
 
+def _import(argv: list[str]) -> int:
+    args = parse(ImportArgs, argv, "import")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from deploy.importing import Wanted, import_checkpoint
+
+    wanted = Wanted(args.method, args.task, args.observation, args.config, args.stoch, args.classes)
+    print(f"checkpoint: {import_checkpoint(args.path, wanted, args.out)}")
+    print(f"try it: safedreamer eval {args.out}")
+    print(f"train on: safedreamer train --from-checkpoint {args.out}")
+    return 0
+
+
 def _doctor(argv: list[str]) -> int:
     _no_options("doctor", argv)
     from deploy.doctor import run_doctor
@@ -253,7 +161,7 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _plot(argv: list[str]) -> int:
-    args = _parse(PlotArgs, argv, "plot")
+    args = parse(PlotArgs, argv, "plot")
     from common.plots import plot_runs
     from deploy import run_dir as runs
 

@@ -141,6 +141,8 @@ class Driver:
             self._warn(f"checkpoint passed over: {warning}")
         if resume and started.meta is None:
             self._warn("there is no checkpoint yet: the run starts anew")
+        if started.warm is not None:
+            logger.info("begins from the checkpoint %s", started.warm.checkpoint)
         if started.meta is not None:
             self._counters = Counters(**started.meta["counters"])
             # The learner counts for itself: a slice may have ended between these counters and its state.
@@ -164,11 +166,15 @@ class Driver:
         self._await(self._workers.evaluator.call("refresh"))
         if self._evaluation_is_due():
             self._evaluate()
-        prefill = 0 if started.meta else math.ceil(self._cfg.learner.prefill / self._cfg.actors.count)
+        prefill = 0 if started.meta else math.ceil(self._random_steps(started) / self._cfg.actors.count)
         for index in range(self._cfg.actors.count):
             self._launch_actor(index, self._counters.env_steps, prefill)
         self._logged_at = self._saved_at = time.monotonic()
         self._learn()
+
+    def _random_steps(self, started: Started) -> int:
+        """Agent steps with random actions before a policy acts that has never seen anything."""
+        return self._cfg.learner.prefill if started.warm is None else started.warm.random_steps
 
     def _launch_actor(self, index: int, life: int, prefill: int) -> None:
         self._lives[index] = life

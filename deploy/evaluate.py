@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 
 from actors.evaluate import evaluate
-from common import checkpoint, config
+from common import checkpoint
 from common.config import Config
 from common.metrics import summarize_episodes
 from common.types import Params, UserError
 from common.video import VideoWriter
+from deploy import run_dir as runs
 from deploy import wiring
 
 _FPS = 100.0  # env steps per second of video time: about real time in navigation tasks
@@ -35,20 +36,15 @@ def load(path: Path) -> Loaded:
     """
     path = path.absolute()
     found = checkpoint.find_checkpoint(path)
-    cfg = _config(found, checkpoint.read_meta(found))
+    cfg = runs.config_of(found, checkpoint.read_meta(found))
     train = wiring.train_step(cfg, wiring.spec_of(cfg))
     like = jax.eval_shape(train.init, 0)
     restored = (
         checkpoint.restore(found, like) if found == path else checkpoint.restore_latest(found.parent, like)
     )
     assert restored is not None  # or there were none to find
-    return Loaded(_config(found, restored.meta), train.acting(restored.tree), restored.meta, restored.skipped)
-
-
-def _config(found: Path, meta: dict[str, Any]) -> Config:
-    if "config" not in meta:
-        raise UserError(f"{found} is not a checkpoint of `safedreamer train`: it holds no configuration")
-    return config.from_dict(meta["config"], str(found))
+    cfg = runs.config_of(found, restored.meta)
+    return Loaded(cfg, train.acting(restored.tree), restored.meta, restored.skipped)
 
 
 def check_fit(cfg: Config, task: str | None, observation: str | None) -> None:

@@ -7,9 +7,10 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from common import checkpoint
 from common import config as configuration
@@ -23,6 +24,7 @@ REPLAY = "replay"
 REPLAY_LOG = "replay.log"
 PLOT = "curves.png"
 LOCK = ".lock"
+WARM_START = "from_checkpoint.json"
 
 # What may change when a run is resumed; everything else would make another run of it.
 RESUMABLE = (
@@ -69,7 +71,7 @@ def discard_unused(path: Path) -> None:
         return
     for directory in (REPLAY, "tensorboard", "wandb"):
         shutil.rmtree(path / directory, ignore_errors=True)
-    for file in (CONFIG, LOCK, REPLAY_LOG, METRICS, EPISODES, PLOT):
+    for file in (CONFIG, LOCK, REPLAY_LOG, METRICS, EPISODES, PLOT, WARM_START):
         (path / file).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's files are in it
         path.rmdir()
@@ -87,6 +89,13 @@ def read_config(path: Path) -> Config:
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} is not a run directory: it has no {CONFIG}")
     return configuration.from_dict(configuration.read_yaml(path / CONFIG), str(path / CONFIG))
+
+
+def config_of(found: Path, meta: Mapping[str, Any]) -> Config:
+    """The configuration saved in the checkpoint `found`. Raises UserError when it holds none."""
+    if "config" not in meta:
+        raise UserError(f"{found} is not a checkpoint of `safedreamer train`: it holds no configuration")
+    return configuration.from_dict(meta["config"], str(found))
 
 
 def check_resumable(saved: Config, wanted: Config) -> None:

@@ -14,8 +14,9 @@ from common.status import Status
 from common.terminal import RunResult, TerminalView, print_result
 from common.types import EnvSpec, replay_spec
 from deploy import run_dir as runs
-from deploy import signals, wiring
+from deploy import signals, warm_start, wiring
 from deploy.driver import Driver, Outcome, Workers
+from deploy.warm_start import WarmStart
 from replay.table import memory_ceiling, table_spec
 
 logger = logging.getLogger(__name__)
@@ -36,10 +37,13 @@ def _local(cfg: Config, spec: EnvSpec, run: Path) -> Workers:
 BACKENDS: dict[str, Callable[[Config, EnvSpec, Path], Workers]] = {"inline": _inline, "local": _local}
 
 
-def check(cfg: Config) -> EnvSpec:
-    """Raises UserError for what only the environment's description and the replay table can tell."""
+def check(cfg: Config, warm: WarmStart | None = None) -> EnvSpec:
+    """Raises UserError for what only the environment's description, the replay table and the checkpoint
+    from which the run begins can tell."""
     spec = wiring.spec_of(cfg)
     wiring.train_step(cfg, spec)
+    if warm is not None:
+        warm_start.check_arrays(warm, cfg, spec)
     table_spec(
         replay_spec(spec),
         cfg.replay,

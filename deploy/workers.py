@@ -20,7 +20,8 @@ from actors.rollout import RolloutReport
 from common.config import Config
 from common.types import EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
 from deploy import run_dir as runs
-from deploy import wiring
+from deploy import warm_start, wiring
+from deploy.warm_start import WarmStart
 from learner.learner import Learner, LearnerReport
 from replay.sampler import BatchSampler
 from replay.writer import StreamWriter
@@ -37,6 +38,7 @@ class Started:
     compile_seconds: float
     backend: str  # cpu, gpu
     warnings: list[str] = field(default_factory=list)
+    warm: WarmStart | None = None  # where it begins instead, if not untrained
 
 
 class LearnerWorker:
@@ -46,13 +48,16 @@ class LearnerWorker:
         self, cfg: Config, spec: EnvSpec, run: Path, publish: Callable[[int, Params], None], address: str
     ):
         self._cfg, self._spec, self._address = cfg, spec, address
-        self._checkpoints = run / runs.CHECKPOINTS
+        self._run_dir, self._checkpoints = run, run / runs.CHECKPOINTS
         self._sampler: BatchSampler | None = None
         self._learner = Learner(wiring.train_step(cfg, spec), self._next_batch, publish, run)
 
     def start(self, resume: bool) -> Started:
         """Restores, compiles, publishes the first version. Call it once, before anything else."""
         restored = self._learner.restore(self._checkpoints) if resume else None
+        warm = warm_start.read(self._run_dir) if restored is None else None
+        if warm is not None:
+            self._learner.begin_from(warm.checkpoint)
         seconds = self._learner.compile()
         self._learner.publish()
         self._sampler = BatchSampler(
@@ -63,7 +68,7 @@ class LearnerWorker:
             import_mode=self._cfg.replay.import_mode,
         )
         meta, skipped = (restored.meta, restored.skipped) if restored else (None, [])
-        return Started(meta, seconds, jax.default_backend(), skipped)
+        return Started(meta, seconds, jax.default_backend(), skipped, warm)
 
     def run(self, seconds: float, episodes: Sequence[EpisodeResult], env_steps: int) -> LearnerReport:
         return self._learner.run(seconds, episodes, env_steps)

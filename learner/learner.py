@@ -128,6 +128,15 @@ class Learner:
             self._updates, self._version = restored.meta["updates"], restored.meta["version"]
         return restored
 
+    def begin_from(self, path: Path) -> None:
+        """Takes parameters, optimizer states, moments and multiplier from a checkpoint.
+
+        Counters and random key stay this run's own; `TrainState.updates` goes on, for it says that the slow
+        critics have begun to follow.
+        """
+        tree = jax.tree.map(jnp.array, checkpoint.restore(path, self._state).tree)
+        self._state = tree._replace(key=self._state.key, bad_in_row=self._state.bad_in_row)
+
     def _update(self, batch: Batch) -> None:
         assert self._compiled is not None
         # A copy: the CPU backend may otherwise read the sampler's buffer while it is being refilled.

@@ -1,0 +1,101 @@
+"""`train --from-checkpoint`: a new run that begins with what a checkpoint holds.
+
+A small file in the run's directory says where it began, so that a run that is resumed before its first own
+checkpoint begins there again; from then on its own checkpoints count.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from common import checkpoint
+from common import config as configuration
+from common.config import Config
+from common.types import EnvSpec, UserError
+from deploy import run_dir as runs
+from deploy import wiring
+
+# Settings that name the agent or change the shapes of its arrays.
+_FIXED = (
+    "method",
+    "size",
+    "env.observation",
+    "env.cameras",
+    *(
+        f"world_model.{name}"
+        for name in (
+            "deter",
+            "units",
+            "stoch",
+            "classes",
+            "encoder_layers",
+            "encoder_units",
+            "cnn_depth",
+            "head_layers",
+            "bins",
+        )
+    ),
+    "behavior.layers",
+    "behavior.units",
+)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Where a run begins."""
+
+    checkpoint: Path
+    random_steps: int  # agent steps with random actions, of all actors, before the loaded policy acts
+
+
+def saved_config(path: Path) -> tuple[Path, Config]:
+    """The checkpoint that `path` means (a run, its checkpoints/, or one of them), and its configuration."""
+    found = checkpoint.find_checkpoint(path.absolute())
+    return found, runs.config_of(found, checkpoint.read_meta(found))
+
+
+def check_settings(saved: Config, wanted: Config) -> None:
+    """Raises UserError when a run would begin from a checkpoint of another kind or size."""
+    before = configuration.flatten(configuration.to_dict(saved))
+    after = configuration.flatten(configuration.to_dict(wanted))
+    for name in _FIXED:
+        if after[name] != before[name]:
+            raise UserError(
+                f"`{name}` cannot change with --from-checkpoint (checkpoint: {before[name]}, "
+                f"given: {after[name]}); leave it out, or train anew"
+            )
+
+
+def check_arrays(start: WarmStart, cfg: Config, spec: EnvSpec) -> None:
+    """Raises UserError when the checkpoint does not hold exactly the arrays that the run trains."""
+    checkpoint.check_fit(start.checkpoint, jax.eval_shape(wiring.train_step(cfg, spec).init, 0))
+
+
+def write(run: Path, start: WarmStart) -> None:
+    """Records in a run's directory where it begins. Raises UserError when it cannot be written."""
+    content = {"checkpoint": str(start.checkpoint), "random_steps": start.random_steps}
+    try:
+        (run / runs.WARM_START).write_text(json.dumps(content) + "\n")
+    except OSError as error:
+        raise UserError(f"the run directory {run} cannot be written ({error.strerror})") from None
+
+
+def read(run: Path) -> WarmStart | None:
+    """Where a run begins; None where it begins untrained. Raises UserError where that is gone."""
+    path = run / runs.WARM_START
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        start = WarmStart(Path(content["checkpoint"]), int(content["random_steps"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); start a new run with --from-checkpoint") from None
+    if not start.checkpoint.exists():
+        raise UserError(
+            f"this run begins from {start.checkpoint}, which is gone; put it back or start a new run"
+        )
+    return start
