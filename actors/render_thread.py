@@ -142,9 +142,7 @@ class RenderThread:
         self._jobs.put((job, future))
         return future.result()
 
-    def draw(
-        self, task: str, size: Size, make_model: Callable[[], Any], paint: Callable[[Canvas], _T]
-    ) -> _T:
+    def draw(self, task: str, size: Size, make_model: Callable[[], Any], paint: Callable[[Canvas], _T]) -> _T:
         """What `paint` returns for the canvas of a task and size.
 
         Args:

@@ -21,7 +21,7 @@ from rich.console import Console
 from common import config as configuration
 from common.config import Config
 from common.types import UserError
-from common.video import check_video_path
+from deploy.eval_files import checked_files
 
 _Args = TypeVar("_Args")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
@@ -72,7 +72,11 @@ class EvalArgs:
     json: bool = False
     """Print one JSON object instead of a table."""
     video: Path | None = None
-    """Write the first episode as an mp4, seen from outside."""
+    """Write the first episode as an mp4: the outside view, the agent's cameras, reward and cost so far."""
+    prediction_video: Path | None = None
+    """Write what the world model predicts without looking as an mp4: true, model, error (vision)."""
+    prediction_plot: Path | None = None
+    """Plot predicted against true reward and cost as a png. Default: next to the prediction video, if any."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +226,7 @@ def _eval(argv: list[str]) -> int:
         raise UserError("--episodes must be at least 1")
     if args.seed < 0:
         raise UserError("--seed must be at least 0")
-    if args.video is not None:
-        check_video_path(args.video)
+    files = checked_files(args.video, args.prediction_video, args.prediction_plot)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from common.terminal import eval_table
     from deploy import evaluate
@@ -233,15 +236,15 @@ def _eval(argv: list[str]) -> int:
         print(f"safedreamer: {sentence}; an older one is used", file=sys.stderr)
     evaluate.check_fit(cfg, args.task, args.observation)
     summary = evaluate.run(
-        cfg, params, episodes=args.episodes, seed=args.seed, version=meta["version"], video=args.video
+        cfg, params, episodes=args.episodes, seed=args.seed, version=meta["version"], files=files
     )
     if args.json:
         about = {"task": cfg.task, "method": cfg.method, "env_steps": meta["env_steps"], "seed": args.seed}
         print(json.dumps(about | {name.removeprefix("eval/"): value for name, value in summary.items()}))
     else:
         Console().print(eval_table(summary, f"{cfg.method} on {cfg.task}, {meta['env_steps']:,} env steps"))
-        if args.video is not None:
-            print(f"video: {args.video}")
+        for line in files.lines():
+            print(line)
     return 0
 
 
