@@ -37,6 +37,7 @@ class Sequences:
     step_unit: str  # "agent steps (5 env steps each)"
     names: Sequence[str]  # where each sequence starts, N
     shown: Sequence[int]  # sequences to draw in detail
+    horizon: int  # imagined steps that behaviour is trained on
     signals: Mapping[str, Signal]  # "reward", "cost"
     hazards: Mapping[str, np.ndarray] = field(default_factory=dict)  # source -> errors (m) [N, T]
     hazard_radius: float | None = None  # m
@@ -60,8 +61,9 @@ def plot_prediction(sequences: Sequences, out_png: Path) -> Path:
     figure = Figure(figsize=(max(10.0, 3.0 * columns), 2.3 * rows + 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(sequences.title, fontsize=12)
-    above, below = figure.subfigures(2, 1, height_ratios=(2.3 * rows, 3.2))
-    _draw_sequences(above, above.subplots(rows, columns, squeeze=False, sharex=True, sharey="row"), sequences)
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2.3 * rows, 3.2))
+    above, below = parts
+    _draw_sequences(above.subplots(rows, columns, squeeze=False, sharex=True, sharey="row"), sequences)
     below.suptitle(
         f"error over all {len(sequences.names)} sequences: mean, band from the {_BAND[0]}th to the "
         f"{_BAND[1]}th percentile",
@@ -80,11 +82,11 @@ def plot_prediction(sequences: Sequences, out_png: Path) -> Path:
     return save(figure, out_png)
 
 
-def _draw_sequences(figure: Any, axes: np.ndarray, sequences: Sequences) -> None:
+def _draw_sequences(axes: np.ndarray, sequences: Sequences) -> None:
     steps = sequences.steps
     for line, (name, signal) in zip(axes, sequences.signals.items(), strict=True):
         for axis, index in zip(line, sequences.shown, strict=True):
-            _prepare(axis, steps)
+            _prepare(axis, sequences)
             axis.plot(steps, signal.true[index], color=_TRUE, linewidth=1.6, label="true")
             label = f"predicted{f' ({signal.source})' if signal.source else ''}"
             axis.plot(steps, signal.predicted[index], color=_PREDICTED, linewidth=1.6, label=label)
@@ -109,18 +111,20 @@ def _draw_hazards(axis: Any, sequences: Sequences) -> None:
 def _draw_error(axis: Any, sequences: Sequences, error: np.ndarray, color: str, label: str) -> None:
     steps = sequences.steps
     if not axis.lines:
-        _prepare(axis, steps)
+        _prepare(axis, sequences)
     low, high = np.percentile(error, _BAND, axis=0)
     axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
     axis.plot(steps, error.mean(0), color=color, linewidth=1.8, label=label or None)
 
 
-def _prepare(axis: Any, steps: np.ndarray) -> None:
-    """Grid, and grey where the model still sees what happens."""
-    axis.axvspan(
-        steps[0], 0, color="#999999", alpha=0.18, linewidth=0, label="filtered" if steps[0] < 0 else None
-    )
+def _prepare(axis: Any, sequences: Sequences) -> None:
+    """Grid, grey where the model still sees what happens, and how far imagination goes in training."""
+    steps = sequences.steps
+    axis.axvspan(steps[0], 0, color="#999999", alpha=0.18, linewidth=0, label="filtered")
     axis.axvline(0, color="#777777", linewidth=1)
+    if sequences.horizon < steps[-1]:
+        label = f"horizon in training ({sequences.horizon})"
+        axis.axvline(sequences.horizon, color="#777777", linewidth=1, linestyle=":", label=label)
     axis.set_xlim(steps[0], steps[-1])
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

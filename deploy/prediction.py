@@ -80,15 +80,16 @@ def compare(
 ) -> Sequences:
     """Everything the plot shows."""
     repeat, meaning = cfg.env.action_repeat, wiring.COST_MEANINGS[cfg.safety.cost_model]
-    cost = predicted.cost / repeat if meaning.per_agent_step else predicted.cost
+    cost = np.asarray(predicted.cost) / (repeat if meaning.per_agent_step else 1)
     return Sequences(
         title=f"open-loop prediction: {cfg.method} on {cfg.task}, {cfg.env.observation}",
         context=_CONTEXT,
         step_unit=f"agent steps ({repeat} env steps each)",
         names=[f"episode {number + 1}, agent step {start}" for number, start in windows.places],
         shown=shown,
+        horizon=cfg.planner.horizon if cfg.policy == "planner" else cfg.behavior.horizon,
         signals={
-            "reward": Signal("per agent step", windows.batch["reward"], predicted.reward),
+            "reward": Signal("per agent step", windows.batch["reward"], np.asarray(predicted.reward)),
             "cost": Signal("per env step", windows.batch["cost"] / repeat, cost, meaning.source),
         },
         hazards=_hazard_errors(spec, windows.batch, predicted),
@@ -126,7 +127,7 @@ def _film(
 ) -> None:
     """One sequence, a frame per agent step."""
     cameras = dict(zip(image_keys(spec), wiring.cameras_of(cfg), strict=True))
-    images = {key: _pixels(predicted.images[key][index]) for key in cameras}
+    images = {key: _pixels(np.asarray(predicted.images[key][index])) for key in cameras}
     length = len(windows.batch["reward"][index])
     episode, start = windows.places[index]
     for step in range(length):

@@ -70,7 +70,7 @@ def _filter(model: WorldModel, obs: dict[str, Array], action: Float[Array, "B T 
 
 
 def _imagine(model: WorldModel, start: State, action: Float[Array, "B H A"]) -> State:
-    """Prior modes [B, H, ...] and the tracked hazards, from the states in which the first actions are taken."""
+    """Prior modes and tracked hazards [B, H, ...] after each of the actions."""
 
     def step(state: State, action: Array) -> tuple[State, State]:
         latent = model.rssm.img_step(state.latent, action, jnp.zeros_like(state.latent.stoch))
