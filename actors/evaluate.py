@@ -7,11 +7,13 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from common.types import EpisodeResult, EvaluationEnv, Params, Policy
+from common.types import Batch, EpisodeResult, EvaluationEnv, Params, Policy, Step
 
 _SEED_SPACE = 0x5AFE  # keeps evaluation layouts apart from training ones, whatever the seeds
 
-Frame = Callable[[np.ndarray, float, float], None]  # (image [h, w, 3], reward so far, cost so far)
+# (image [h, w, 3], observation without an axis of environments, reward so far, cost so far)
+Frame = Callable[[np.ndarray, dict[str, np.ndarray], float, float], None]
+OnStep = Callable[[np.ndarray, Step], None]  # (the actions [k, A] that led to the step, the step)
 
 
 def evaluation_seeds(seed: int, episodes: int) -> list[int]:
@@ -29,6 +31,7 @@ def evaluate(
     version: int = 0,
     act: Callable | None = None,
     on_frame: Frame | None = None,
+    on_step: OnStep | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[EpisodeResult] | None:
     """Plays one episode in every environment of `env`, all of them at once.
@@ -36,6 +39,7 @@ def evaluate(
     Args:
         act: `jax.jit(policy.act)`, where the caller evaluates often and keeps it.
         on_frame: gets a picture of the first environment after each of its agent steps.
+        on_step: gets every step of all environments, see `Recorder`.
 
     Returns:
         The results in the order of the environments, or None if `should_stop` said so before the end.
@@ -50,7 +54,10 @@ def evaluate(
         step = env.step(actions)
         totals += (step.reward, step.cost, step.env_steps)
         if on_frame and (step.is_first[0] or step.env_steps[0]):
-            on_frame(env.render(0), totals[0, 0], totals[1, 0])
+            obs = {name: x[0] for name, x in step.obs.items()}
+            on_frame(env.render(0), obs, totals[0, 0], totals[1, 0])
+        if on_step:
+            on_step(actions, step)
         if env.finished.all():
             return [
                 EpisodeResult(float(r), float(c), int(n), version, f"eval/env{i}")
@@ -60,6 +67,32 @@ def evaluate(
         carry, device_actions, _ = act(params, carry, step.obs, step.is_first, key_act)
         actions = np.asarray(device_actions)
     return None
+
+
+class Recorder:
+    """Keeps the whole episodes of the first environments: an `OnStep`."""
+
+    def __init__(self, episodes: int):
+        self._count = episodes
+        self._steps: list[tuple[np.ndarray, Step]] = []
+
+    def __call__(self, actions: np.ndarray, step: Step) -> None:
+        kept = jax.tree.map(lambda x: x[: self._count].copy(), (actions, step))
+        self._steps.append(kept)
+
+    def episodes(self) -> list[Batch]:
+        """One episode [T, ...] per environment: its observations, "reward", "cost" and "action".
+
+        As in replay, `action[t]` was chosen at step t and led to t + 1; the last one is zero.
+        """
+        actions, steps = jax.tree.map(lambda *x: np.stack(x, 1), *self._steps)
+        episodes = []
+        for i in range(len(actions)):
+            taken = steps.is_first[i] | (steps.env_steps[i] > 0)  # not while it waited for the others
+            action = np.concatenate([actions[i][taken][1:], np.zeros_like(actions[i][:1])])
+            signals = {"reward": steps.reward[i][taken], "cost": steps.cost[i][taken], "action": action}
+            episodes.append({name: x[i][taken] for name, x in steps.obs.items()} | signals)
+        return episodes
 
 
 def untrained_actions(num_envs: int, action_size: int) -> Policy:

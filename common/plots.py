@@ -53,7 +53,7 @@ def plot_run(run_dir: Path, out_png: Path) -> Path:
         if name == "cost":
             _draw_limit(axis, limit)
         axis.legend(loc="best", fontsize=8, framealpha=0.8)
-    return _save(figure, Path(out_png))
+    return save(figure, Path(out_png))
 
 
 def plot_runs(
@@ -85,7 +85,7 @@ def plot_runs(
         if quantity == "cost" and len(limits) == 1:
             _draw_limit(axis, limits.pop())
         axis.legend(loc="best", fontsize=8, framealpha=0.8)
-    return _save(figure, Path(out_png))
+    return save(figure, Path(out_png))
 
 
 def _curve(rows: Sequence[dict[str, Any]], name: str) -> Curve:
@@ -187,7 +187,8 @@ def _say_empty(axis: Any) -> None:
     axis.set_yticks([])
 
 
-def _save(figure: Any, out_png: Path) -> Path:
+def save(figure: Any, out_png: Path) -> Path:
+    """Writes a figure, with the directory it belongs to."""
     out_png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out_png, dpi=110)
     return out_png

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -9,24 +10,25 @@ from typing import Any, Self
 
 import numpy as np
 
+from common.outputs import check_output
+from common.pictures import with_text
 from common.types import UserError
 
-_BAR = 20  # pixels above the picture, for the text
 
+def check_video(path: Path) -> None:
+    """Raises UserError where no mp4 can be written, or nothing can encode one."""
+    check_output(path, ".mp4", "video")
+    from imageio_ffmpeg import get_ffmpeg_exe
 
-def check_video_path(path: Path) -> None:
-    """Raises UserError where no mp4 can be written."""
-    if path.suffix.lower() != ".mp4":
-        raise UserError(f"videos are written as .mp4, not {path.suffix or path.name!r}")
-    if not path.parent.is_dir():
-        raise UserError(f"there is no directory {path.parent} for the video")
-    existed = path.exists()
     try:
-        open(path, "ab").close()
-    except OSError as error:
-        raise UserError(f"the video {path} cannot be written ({error.strerror})") from None
-    if not existed:
-        path.unlink()
+        found = shutil.which(get_ffmpeg_exe())  # what IMAGEIO_FFMPEG_EXE names is taken unseen
+    except RuntimeError:
+        found = None
+    if found is None:
+        raise UserError(
+            "videos need ffmpeg, which is missing here: reinstall imageio-ffmpeg (`make setup`), or name "
+            "the program in IMAGEIO_FFMPEG_EXE"
+        )
 
 
 class VideoWriter:
@@ -36,7 +38,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, fps: float):
-        check_video_path(path)
+        check_video(path)
         self._path, self._fps = path, fps
         self._writer: Any = None
 
@@ -52,14 +54,8 @@ class VideoWriter:
 
     def add(self, frame: np.ndarray, text: str) -> None:
         """Appends one frame, uint8 [h, w, 3], with a line of text above it."""
-        from PIL import Image, ImageDraw
-
-        height, width = frame.shape[:2]
-        canvas = Image.new("RGB", (width, height + _BAR), "black")
-        canvas.paste(Image.fromarray(frame), (0, _BAR))
-        ImageDraw.Draw(canvas).text((5, 4), text, fill="white")
         try:
-            self._writer.append_data(np.asarray(canvas))
+            self._writer.append_data(with_text(frame, text))
         except OSError as error:  # ffmpeg is gone: a full disk, for one
             raise UserError(f"the video {self._path} cannot be written: {error}") from None
 

@@ -7,15 +7,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+<<<<<<< HEAD
 from actors.evaluate import evaluate
 from common import checkpoint
+=======
+from actors.evaluate import Frame, Recorder, evaluate
+from common import checkpoint, config
+>>>>>>> video
 from common.config import Config
 from common.metrics import summarize_episodes
-from common.types import Params, UserError
+from common.pictures import episode_frame
+from common.types import EnvSpec, Params, UserError
 from common.video import VideoWriter
+<<<<<<< HEAD
 from deploy import run_dir as runs
 from deploy import wiring
+=======
+from deploy import prediction, wiring
+from deploy.eval_files import EvalFiles
+from learner.codec import image_keys
+>>>>>>> video
 
 _FPS = 100.0  # env steps per second of video time: about real time in navigation tasks
 
@@ -58,18 +71,40 @@ def check_fit(cfg: Config, task: str | None, observation: str | None) -> None:
 
 
 def run(
-    cfg: Config, params: Params, *, episodes: int, seed: int, version: int, video: Path | None
+    cfg: Config, params: Params, *, episodes: int, seed: int, version: int, files: EvalFiles
 ) -> dict[str, float]:
-    """Summary of `episodes` held-out episodes, see `common.metrics.summarize_episodes`."""
+    """Summary of `episodes` held-out episodes, see `common.metrics.summarize_episodes`.
+
+    Raises UserError for files that this observation or machine does not allow, before anything is played.
+    """
+    spec = wiring.spec_of(cfg)
+    prediction.check(cfg, spec, files)
     with ExitStack() as stack:
-        on_frame = None
-        if video is not None:
-            writer = stack.enter_context(VideoWriter(video, _FPS / cfg.env.action_repeat))
-            on_frame = lambda frame, reward, cost: writer.add(frame, f"return {reward:.1f}   cost {cost:.0f}")  # noqa: E731
-        spec = wiring.spec_of(cfg)
-        env = wiring.evaluation_env(cfg, seed, episodes, render=video is not None)
+        on_frame = recorder = None
+        if files.video is not None:
+            on_frame = _filmed(
+                cfg, spec, stack.enter_context(VideoWriter(files.video, _FPS / cfg.env.action_repeat))
+            )
+        if files.prediction_plot is not None:
+            recorder = Recorder(prediction.EPISODES)
+        env = wiring.evaluation_env(cfg, seed, episodes, render=files.video is not None)
         policy = wiring.policy(cfg, spec, explore=False)
-        results = evaluate(env, policy, params, seed=seed, version=version, on_frame=on_frame)
+        results = evaluate(
+            env, policy, params, seed=seed, version=version, on_frame=on_frame, on_step=recorder
+        )
         env.close()
     assert results is not None  # nothing stops it
+    if recorder is not None:
+        prediction.write(cfg, spec, params, recorder.episodes(), files)
     return summarize_episodes(results)
+
+
+def _filmed(cfg: Config, spec: EnvSpec, video: VideoWriter) -> Frame:
+    """Writes each frame with the agent's cameras beside it, and reward and cost so far above it."""
+    cameras = dict(zip(image_keys(spec), wiring.cameras_of(cfg), strict=True))
+
+    def on_frame(outside: np.ndarray, obs: dict[str, np.ndarray], reward: float, cost: float) -> None:
+        views = {name: obs[key] for key, name in cameras.items()}
+        video.add(episode_frame(outside, views), f"return {reward:.1f}   cost {cost:.0f}")
+
+    return on_frame

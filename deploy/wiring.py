@@ -12,9 +12,10 @@ from typing import NamedTuple
 from actors.evaluate import evaluation_seeds
 from actors.rollout import Rollout
 from actors.safety_gym import env_spec
+from actors.tasks import cameras
 from actors.vector_env import SafetyVectorEnv
 from common.config import Config, SafetyConfig
-from common.types import EnvSpec, ParamSource, Policy, UserError, Writer
+from common.types import Batch, EnvSpec, ParamSource, Policy, UserError, Writer
 from learner.cost_model import (
     LATENT,
     CostModel,
@@ -29,7 +30,8 @@ from learner.cost_model import (
     tracked_hazards,
 )
 from learner.lagrange import Constraint, augmented, pid, pid_penalty, unconstrained
-from learner.policy import Choose, actor_choice, make_policy, planner_choice
+from learner.open_loop import Prediction, open_loop
+from learner.policy import ActingParams, Choose, actor_choice, make_policy, planner_choice
 from learner.train_step import Shared, TrainStep
 
 CONSTRAINTS: dict[str, Callable[[SafetyConfig], Constraint]] = {
@@ -83,6 +85,21 @@ def _track_hazards(spec: EnvSpec) -> Tracking:
 TRACKING: dict[str, Callable[[EnvSpec], Tracking]] = {"tracked": _track_hazards}
 
 
+class CostMeaning(NamedTuple):
+    """What the numbers of a cost model stand for."""
+
+    source: str
+    per_agent_step: bool  # summed over the action repeat, or the rate per env step on arriving
+
+
+COST_MEANINGS: dict[str, CostMeaning] = {
+    "none": CostMeaning("the method predicts none", False),
+    "learned": CostMeaning("learned head", True),
+    "geometric": CostMeaning("decoded hazards", False),
+    "tracked": CostMeaning("tracked hazards", False),
+}
+
+
 def _tracking(cfg: Config, spec: EnvSpec) -> Tracking:
     nothing = lambda spec: Tracking(LATENT, look_away)  # noqa: E731
     return TRACKING.get(cfg.safety.cost_model, nothing)(spec)
@@ -129,6 +146,17 @@ def spec_of(cfg: Config) -> EnvSpec:
     Raises UserError for an unknown task, observation or camera, and for vision without OpenGL.
     """
     return env_spec(cfg.task, cfg.env.observation, cfg.env.action_repeat, cfg.env.cameras)
+
+
+def cameras_of(cfg: Config) -> tuple[str, ...]:
+    """Names of the agent's cameras, in the order of the images it observes; none without vision."""
+    return cameras(cfg.task, cfg.env.observation, cfg.env.cameras)
+
+
+def predict(cfg: Config, spec: EnvSpec, params: ActingParams, batch: Batch, context: int) -> Prediction:
+    """The open-loop prediction of a configuration's world model, see `learner.open_loop`."""
+    cost_model = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec)
+    return open_loop(params.model, cost_model, _tracking(cfg, spec).look, batch, context)
 
 
 def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from actors.evaluate import evaluate, evaluation_seeds, untrained_actions
+from actors.evaluate import Recorder, evaluate, evaluation_seeds, untrained_actions
 from common.types import ArraySpec, EnvSpec, Policy, Step
 
 SPEC = EnvSpec("Scripted", {"vector": ArraySpec((1,))}, 1, 5, 50)
@@ -95,12 +95,34 @@ def test_it_stops_when_told_to():
 
 def test_pictures_are_of_the_first_episode_alone():
     env = OnceEnv(3)
-    frames: list[tuple[int, float, float]] = []
-    evaluate(
-        env, POLICY, 0.5, seed=0, on_frame=lambda frame, r, c: frames.append((int(frame[0, 0, 0]), r, c))
-    )
-    assert frames == [(0, 0.0, 0.0), (1, pytest.approx(0.5), 1.0)]
+    frames: list[tuple] = []
+
+    def on_frame(frame: np.ndarray, obs: dict, reward: float, cost: float) -> None:
+        assert obs["vector"].shape == (1,)
+        frames.append((int(frame[0, 0, 0]), float(obs["vector"][0]), reward, cost))
+
+    evaluate(env, POLICY, 0.5, seed=0, on_frame=on_frame)
+    assert frames == [(0, 0.0, 0.0, 0.0), (1, 1.0, pytest.approx(0.5), 1.0)]
     assert env.rendered == [0, 0]
+
+
+def test_whole_episodes_of_the_first_environments_are_recorded():
+    recorder = Recorder(2)
+    plain = evaluate(OnceEnv(3), POLICY, 0.5, seed=0)
+    assert evaluate(OnceEnv(3), POLICY, 0.5, seed=0, on_step=recorder) == plain
+    first, second = recorder.episodes()
+    np.testing.assert_array_equal(first["vector"][:, 0], [0, 1])  # not while it waits for the others
+    np.testing.assert_array_equal(second["vector"][:, 0], [0, 1, 2])
+    # The action beside an observation was chosen there; its reward (the action) came with the next one.
+    np.testing.assert_allclose(second["action"][:, 0], [0.5, 0.6, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(second["reward"], [0.0, 0.5, 0.6], rtol=1e-6)
+    np.testing.assert_array_equal(second["cost"], [0, 1, 1])
+
+
+def test_more_episodes_may_be_asked_for_than_are_played():
+    recorder = Recorder(9)
+    evaluate(OnceEnv(2), POLICY, 0.5, seed=0, on_step=recorder)
+    assert len(recorder.episodes()) == 2
 
 
 def test_evaluation_seeds_do_not_depend_on_their_number_and_differ():

@@ -109,6 +109,13 @@ def refused(cli: Callable) -> Callable[..., str]:
         ("eval . --video film.gif", "videos are written as .mp4, not '.gif'"),
         ("eval . --video film", "videos are written as .mp4, not 'film'"),
         ("eval . --video nowhere/film.mp4", "there is no directory nowhere for the video"),
+        ("eval . --prediction-video film.avi", "videos are written as .mp4, not '.avi'"),
+        ("eval . --prediction-plot plot.pdf", "plots are written as .png, not '.pdf'"),
+        ("eval . --prediction-plot nowhere/plot.png", "there is no directory nowhere for the plot"),
+        (
+            "eval . --video film.mp4 --prediction-video film.mp4",
+            "--video and --prediction-video both name film.mp4",
+        ),
         ("eval . --vide film.mp4", "did you mean `--video`?"),
         ("plot", "name at least one run directory"),
         ("plot nowhere", "nowhere is not a run directory"),
@@ -445,3 +452,19 @@ def test_eval_writes_a_video(cli, run, tmp_path):
     assert result.code == 0, result.err
     assert result.out.splitlines()[-1] == f"video: {film}"
     assert film.stat().st_size > 10_000
+
+
+def test_eval_of_vectors_predicts_curves_without_opengl(cli, refused, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering, "_loads", lambda library: False)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    assert refused("eval", run, "--prediction-video", tmp_path / "film.mp4") == (
+        "this checkpoint observes coordinates, which has no pictures to predict; ask for the curves: "
+        f"--prediction-plot {tmp_path / 'film.png'}"
+    )
+    assert "Rendering needs OpenGL" in refused("eval", run, "--video", tmp_path / "film.mp4")
+    assert not list(tmp_path.glob("film.*"))
+    plot = tmp_path / "plot.png"
+    result = cli("eval", run, "--episodes", 1, "--prediction-plot", plot)
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == f"prediction plot: {plot}"
+    assert plot.stat().st_size > 10_000

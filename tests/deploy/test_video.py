@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from common.types import UserError
-from common.video import VideoWriter, check_video_path
+from common.video import VideoWriter, check_video
 
 
 def add_all(video: VideoWriter) -> None:
@@ -47,20 +47,30 @@ def test_other_formats_are_refused(tmp_path, name):
 
 def test_places_where_nothing_can_be_written(tmp_path):
     with pytest.raises(UserError, match=r"there is no directory .*nowhere for the video"):
-        check_video_path(tmp_path / "nowhere" / "film.mp4")
+        check_video(tmp_path / "nowhere" / "film.mp4")
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(UserError, match=r"the video .*folder\.mp4 cannot be written \(Is a directory\)"):
-        check_video_path(tmp_path / "folder.mp4")
+        check_video(tmp_path / "folder.mp4")
     with pytest.raises(UserError, match="cannot be written"):
-        check_video_path(Path("/proc/film.mp4"))
+        check_video(Path("/proc/film.mp4"))
 
 
 def test_the_check_leaves_no_file_and_no_file_alone(tmp_path):
-    check_video_path(tmp_path / "film.MP4")
+    check_video(tmp_path / "film.MP4")
     assert not list(tmp_path.iterdir())
     (tmp_path / "old.mp4").write_text("an older film")
-    check_video_path(tmp_path / "old.mp4")
+    check_video(tmp_path / "old.mp4")
     assert (tmp_path / "old.mp4").read_text() == "an older film"
+
+
+def test_a_machine_without_ffmpeg(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "no-ffmpeg"))
+    with pytest.raises(UserError, match="videos need ffmpeg, which is missing here"):
+        check_video(tmp_path / "film.mp4")
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    monkeypatch.setattr("imageio_ffmpeg._utils._get_ffmpeg_exe", lambda: None)
+    with pytest.raises(UserError, match="videos need ffmpeg"):
+        check_video(tmp_path / "film.mp4")
 
 
 def test_an_encoder_that_dies_is_a_clear_error(tmp_path):

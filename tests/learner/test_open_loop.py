@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.types import ArraySpec
+from learner.cost_model import State, learned_cost, look_at, look_away, move, tracked_hazards
+from learner.open_loop import open_loop
+from learner.world_model import WorldModel
+from tests.learner.tiny import MODEL, SPEC, batch, filled
+
+CONTEXT = 3
+BATCH = {name: jnp.asarray(x) for name, x in batch(size=2, length=7).items()}
+
+
+def build(spec=SPEC, **kinds: bool) -> WorldModel:
+    return filled(lambda: WorldModel(jax.random.PRNGKey(0), spec, MODEL, **kinds))
+
+
+def test_it_is_a_sequence_of_single_steps() -> None:
+    model = build(learn_cost=True)
+    predicted = open_loop(model, learned_cost, look_away, BATCH, CONTEXT)
+    quiet = jnp.zeros((2, MODEL.stoch, MODEL.classes))
+    latent = model.rssm.initial(2)
+    for t in range(7):
+        action = BATCH["action"][:, t - 1] if t else jnp.zeros((2, 2))
+        if t < CONTEXT:
+            embed = model.encode({"vector": BATCH["vector"][:, t]})
+            latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, quiet)
+        else:
+            latent = model.rssm.img_step(latent, action, quiet)
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        np.testing.assert_allclose(predicted.reward[:, t], model.reward(latent).mean, **close)
+        np.testing.assert_allclose(predicted.cost[:, t], model.cost(latent).mean, **close)
+        assert predicted.vector is not None
+        np.testing.assert_allclose(predicted.vector[:, t], model.decode_vector(latent), **close)
+    assert predicted.hazards is None
+    assert predicted.images == {}
+
+
+def test_what_comes_after_the_context_is_not_looked_at() -> None:
+    model = build(learn_cost=True)
+    blind = BATCH | {"vector": BATCH["vector"].at[:, CONTEXT:].set(9.0)}
+    seen, unseen = (open_loop(model, learned_cost, look_away, b, CONTEXT) for b in (BATCH, blind))
+    np.testing.assert_array_equal(seen.reward, unseen.reward)
+    other = BATCH | {"vector": BATCH["vector"].at[:, CONTEXT - 1].set(9.0)}
+    assert (open_loop(model, learned_cost, look_away, other, CONTEXT).reward != seen.reward)[
+        :, CONTEXT:
+    ].any()
+
+
+def test_tracked_hazards_start_where_they_were_last_seen() -> None:
+    spec = replace(SPEC, slices={"hazards": (2, 6), "position": (0, 2), "rotation": (0, 2)})
+    model, look, count = (
+        build(spec, learn_cost=False, learn_motion=True),
+        look_at((2, 6)),
+        tracked_hazards(2.0),
+    )
+    predicted = open_loop(model, count, look, BATCH, CONTEXT)
+    assert predicted.hazards is not None
+    true = BATCH["vector"][..., 2:6].reshape(2, 7, 2, 2)
+    np.testing.assert_array_equal(predicted.hazards[:, :CONTEXT], true[:, :CONTEXT])
+
+    quiet = jnp.zeros((2, MODEL.stoch, MODEL.classes))
+    latent, hazards = model.rssm.initial(2), true[:, CONTEXT - 1]
+    for t in range(7):
+        action = BATCH["action"][:, t - 1] if t else jnp.zeros((2, 2))
+        if t < CONTEXT:
+            embed = model.encode({"vector": BATCH["vector"][:, t]})
+            latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, quiet)
+        else:
+            latent = model.rssm.img_step(latent, action, quiet)
+            hazards = move(model, hazards, latent)
+            assert hazards is not None
+            np.testing.assert_allclose(predicted.hazards[:, t], hazards, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(predicted.cost[:, t], count(model, State(latent, hazards)))
+
+
+def test_images_are_decoded_by_their_names() -> None:
+    spec = replace(
+        SPEC, obs={"image": ArraySpec((8, 8, 3), "uint8"), "image2": ArraySpec((8, 8, 3), "uint8")}
+    )
+    images = {name: jnp.full((2, 7, 8, 8, 3), 40, jnp.uint8) for name in spec.obs}
+    predicted = open_loop(build(spec, learn_cost=True), learned_cost, look_away, BATCH | images, CONTEXT)
+    assert {name: x.shape for name, x in predicted.images.items()} == {
+        "image": (2, 7, 8, 8, 3),
+        "image2": (2, 7, 8, 8, 3),
+    }
+    assert predicted.vector is None
