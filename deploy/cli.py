@@ -14,15 +14,8 @@ from rich.console import Console
 from common import config as configuration
 from common.config import Config
 from common.types import UserError
-<<<<<<< HEAD
-from common.video import check_video_path
-from deploy.flags import EvalArgs, ImportArgs, PlotArgs, parse, parse_train
-=======
 from deploy.eval_files import checked_files
-
-_Args = TypeVar("_Args")
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
->>>>>>> video
+from deploy.flags import EvalArgs, ImportArgs, PlotArgs, parse, parse_train
 
 USAGE = """usage: safedreamer COMMAND [OPTIONS]
 
@@ -35,64 +28,6 @@ USAGE = """usage: safedreamer COMMAND [OPTIONS]
 """
 
 
-<<<<<<< HEAD
-=======
-@dataclass(frozen=True)
-class TrainArgs:
-    """Train an agent. The options below `run` choose presets and files; all others are single settings,
-    shown with the defaults that the chosen presets give them."""
-
-    settings: Annotated[Config, tyro.conf.arg(name="")]
-    run_dir: Path | None = None
-    """Directory of the new run. Default: runs/TASK/METHOD-SIZE-seedN-TIME."""
-    resume: Path | None = None
-    """Continue this run with its saved configuration; only env steps, logging, evaluation, checkpoints,
-    backend and number of actors may change."""
-    config: tuple[Path, ...] = field(default=())
-    """YAML files with settings; they win over presets, flags win over them."""
-    wandb: Literal["online", "offline", "off"] | None = None
-    """Short for --logging.wandb."""
-    print_config: bool = False
-    """Print the resolved configuration as YAML and stop."""
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """Evaluate the policy of a run (its newest checkpoint) or of one checkpoint, without exploration."""
-
-    path: tyro.conf.Positional[Path]
-    """Run directory or checkpoint."""
-    episodes: int = 10
-    """Episodes, one per held-out layout."""
-    seed: int = 0
-    """Seed of the layouts."""
-    task: str | None = None
-    """Refuse a checkpoint of another task."""
-    observation: str | None = None
-    """Refuse a checkpoint of another observation."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
-    video: Path | None = None
-    """Write the first episode as an mp4: the outside view, the agent's cameras, reward and cost so far."""
-    prediction_video: Path | None = None
-    """Write what the world model predicts without looking as an mp4: true, model, error (vision)."""
-    prediction_plot: Path | None = None
-    """Plot predicted against true reward and cost as a png. Default: next to the prediction video, if any."""
-
-
-@dataclass(frozen=True)
-class PlotArgs:
-    """Draw the evaluations of several runs over env steps: return and cost."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories."""
-    out: Path = Path("curves.png")
-    """The figure to write."""
-    mean: bool = False
-    """One line: the mean over the runs, and their range."""
-
-
->>>>>>> video
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 user error, 128 + n signal n."""
     argv = list(sys.argv[1:] if arguments is None else arguments)

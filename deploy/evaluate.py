@@ -9,26 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-<<<<<<< HEAD
-from actors.evaluate import evaluate
-from common import checkpoint
-=======
 from actors.evaluate import Frame, Recorder, evaluate
-from common import checkpoint, config
->>>>>>> video
+from common import checkpoint
 from common.config import Config
 from common.metrics import summarize_episodes
 from common.pictures import episode_frame
 from common.types import EnvSpec, Params, UserError
 from common.video import VideoWriter
-<<<<<<< HEAD
-from deploy import run_dir as runs
-from deploy import wiring
-=======
 from deploy import prediction, wiring
+from deploy import run_dir as runs
 from deploy.eval_files import EvalFiles
 from learner.codec import image_keys
->>>>>>> video
 
 _FPS = 100.0  # env steps per second of video time: about real time in navigation tasks
 

@@ -64,7 +64,11 @@ class EvalArgs:
     json: bool = False
     """Print one JSON object instead of a table."""
     video: Path | None = None
-    """Write the first episode as an mp4, seen from outside."""
+    """Write the first episode as an mp4: the outside view, the agent's cameras, reward and cost so far."""
+    prediction_video: Path | None = None
+    """Write what the world model predicts without looking as an mp4: true, model, error (vision)."""
+    prediction_plot: Path | None = None
+    """Plot predicted against true reward and cost as a png. Default: next to the prediction video, if any."""
 
 
 @dataclass(frozen=True)
