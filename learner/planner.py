@@ -131,6 +131,8 @@ def model_score(
     """Scores candidates by rolling the world model's prior from one state.
 
     objective = J_R, or J_R - multiplier J_C with both lambda-returns at the first state (OSRP-Lag).
+    The summed cost is that of the H states to come; published OSRP-Vector (alone) adds the present one's,
+    which no plan can change.
     """
 
     def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:

@@ -19,7 +19,7 @@ from tests.parity.recorded import DATA, INIT_FIELDS, thinned
 
 _WHOLE = ("var/", "data/", "policy/obs/", "policy/noise", "lagrange/", "pid/", "moments/", "elite/")
 _DROPPED = re.compile(
-    r"dec_sum/|report/|traj/logit|wm_mets/|actor_mets/|policy/obs/(?!is_first|image|observation|lagrange_penalty)"
+    r"dec_sum/|pid/diff_norm|report/|traj/logit|wm_mets/|actor_mets/|policy/obs/(?!is_first|image|observation|lagrange_penalty)"
     r"|data/(reset|lagrange)|head/.*/logits|initial/(logit|prev)|img_step/out/stoch|policy/out/log|prior/(deter|stoch)"
     r"|prior_sampled/(deter|stoch)|train_mets/(?!.*(_loss_mean|grad_norm|opt_loss"
     r"|_return_raw_mean|lagrange_multiplier|penalty_multiplier)$)|elite/.*/elite_"

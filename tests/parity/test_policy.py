@@ -118,7 +118,7 @@ def planning(system: System, elites: Callable) -> tuple[Policy, Callable]:
         return jnp.stack([jnp.broadcast_to(key[0], count), key[1] + index], -1)
 
     def act(params: ActingParams, carry: Carry, obs: dict, is_first: Any, key: Any, published: Any) -> Any:
-        def elected(*args: Any) -> jax.Array:
+        def elected(*args: Any) -> Any:
             return jnp.where(published, elites(*args), ours(*args))
 
         def choose_on(params: ActingParams, state: State, previous: Any, key: Any) -> Any:

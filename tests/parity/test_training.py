@@ -87,13 +87,14 @@ def gradients(trained: Trained) -> dict[str, np.ndarray]:
 def test_gradients(trained: Trained) -> None:
     """After global-norm clipping.
 
-    Their tolerance is 3e-5: numbers that 160 imagined steps or a whole image are summed into, in another
-    order than the recording's compiler chose.
+    To 1e-5 of an array's largest number: what 160 imagined steps or whole images sum up to in some order
+    cancels in many of the others.
     """
     ours, theirs = gradients(trained), trained.system.group("grad")
-    assert set(theirs) <= set(ours)
+    parameters = {name for name in ours if "/slow/" not in name and not name.endswith("/value")}
+    assert set(theirs) == parameters
     for name, gradient in theirs.items():
-        assert_close(ours[name], gradient, tolerance=3e-5, name=name)
+        assert_close(ours[name], gradient, terms=np.abs(gradient).max(), name=name)
 
 
 def test_clipping_is_among_what_is_compared(augmented: System) -> None:
