@@ -280,7 +280,10 @@ COORDINATES = {"observation": "coordinates"}
             "penalty pid needs costs",
         ),
         ({"safety": {"penalty": "pid"}}, "penalty shapes plans"),
-        ({"policy": "planner", "safety": {"constraint": "pid"}}, "shapes an acting actor"),
+        (
+            {"policy": "planner", "safety": {"constraint": "pid", "penalty": "pid"}},
+            "would move one multiplier",
+        ),
         ({"safety": {"cost_model": "geometric"}}, "geometric reads hazard positions"),
         ({"safety": {"cost_model": "tracked"}}, "tracked reads hazard positions"),
         (

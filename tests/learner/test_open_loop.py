@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def test_it_is_a_sequence_of_single_steps() -> None:
             latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, quiet)
         else:
             latent = model.rssm.img_step(latent, action, quiet)
-        close = {"rtol": 1e-4, "atol": 1e-5}
+        close: Any = {"rtol": 1e-4, "atol": 1e-5}
         np.testing.assert_allclose(predicted.reward[:, t], model.reward(latent).mean, **close)
         np.testing.assert_allclose(predicted.cost[:, t], model.cost(latent).mean, **close)
         assert predicted.vector is not None
