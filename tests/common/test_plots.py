@@ -43,8 +43,8 @@ PID = "policy: actor\nsafety: {constraint: pid, cost_limit: 2.5}\n"
 def drawn(monkeypatch):
     """Figures that were saved, to be looked into."""
     figures = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, out: figures.append(figure) or save(figure, out))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure) or save(figure, out))
     return figures
 
 

@@ -32,11 +32,10 @@ def test_it_is_a_sequence_of_single_steps() -> None:
             latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, quiet)
         else:
             latent = model.rssm.img_step(latent, action, quiet)
-        close = {"rtol": 1e-4, "atol": 1e-5}
-        np.testing.assert_allclose(predicted.reward[:, t], model.reward(latent).mean, **close)
-        np.testing.assert_allclose(predicted.cost[:, t], model.cost(latent).mean, **close)
+        np.testing.assert_allclose(predicted.reward[:, t], model.reward(latent).mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(predicted.cost[:, t], model.cost(latent).mean, rtol=1e-4, atol=1e-5)
         assert predicted.vector is not None
-        np.testing.assert_allclose(predicted.vector[:, t], model.decode_vector(latent), **close)
+        np.testing.assert_allclose(predicted.vector[:, t], model.decode_vector(latent), rtol=1e-4, atol=1e-5)
     assert predicted.hazards is None
     assert predicted.images == {}
 
