@@ -91,7 +91,7 @@ def _draw_sequences(axes: np.ndarray, sequences: Sequences) -> None:
             _prepare(axis, sequences)
             axis.plot(steps, signal.true[index], color=_TRUE, linewidth=1.6, label="true")
             axis.plot(steps, signal.predicted[index], color=_PREDICTED, linewidth=1.6, label="predicted")
-        source = f"\nfrom {signal.source}" if signal.source else ""
+        source = f"\npredicted from\n{signal.source}" if signal.source else ""
         line[0].set_ylabel(f"{name}\n({signal.unit}){source}")
     for axis, index in zip(axes[0], sequences.shown, strict=True):
         axis.set_title(sequences.names[index], fontsize=10)
