@@ -12,7 +12,7 @@ Color = tuple[int, int, int]
 
 _TEXT = (255, 255, 255)
 _BACKGROUND = (0, 0, 0)
-_LINES = 12  # a line of text takes one part in so many of the picture below it
+_LINES = 16  # a line of text takes one part in so many of the picture below it
 _SMALLEST_BAR = 20  # pixels
 _LABEL_BAR = 20
 _GAP = 8  # pixels between pictures

@@ -25,7 +25,7 @@ class Signal:
     unit: str
     true: np.ndarray  # [N, T]
     predicted: np.ndarray  # [N, T]
-    source: str = ""  # where the prediction comes from
+    source: str = ""  # what predicts it, where methods differ
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def plot_prediction(sequences: Sequences, out_png: Path) -> Path:
     figure.suptitle(sequences.title, fontsize=12)
     parts: Any = figure.subfigures(2, 1, height_ratios=(2.3 * rows, 3.2))
     above, below = parts
-    _draw_sequences(above.subplots(rows, columns, squeeze=False, sharex=True, sharey="row"), sequences)
+    axes = above.subplots(rows, columns, squeeze=False, sharex=True, sharey="row")
+    _draw_sequences(axes, sequences)
+    above.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     below.suptitle(
         f"error over all {len(sequences.names)} sequences: mean, band from the {_BAND[0]}th to the "
         f"{_BAND[1]}th percentile",
@@ -88,10 +90,9 @@ def _draw_sequences(axes: np.ndarray, sequences: Sequences) -> None:
         for axis, index in zip(line, sequences.shown, strict=True):
             _prepare(axis, sequences)
             axis.plot(steps, signal.true[index], color=_TRUE, linewidth=1.6, label="true")
-            label = f"predicted{f' ({signal.source})' if signal.source else ''}"
-            axis.plot(steps, signal.predicted[index], color=_PREDICTED, linewidth=1.6, label=label)
-        line[0].set_ylabel(f"{name}\n({signal.unit})")
-        line[0].legend(loc="best", fontsize=8, framealpha=0.8)
+            axis.plot(steps, signal.predicted[index], color=_PREDICTED, linewidth=1.6, label="predicted")
+        source = f"\npredicted from\n{signal.source}" if signal.source else ""
+        line[0].set_ylabel(f"{name}\n({signal.unit}){source}")
     for axis, index in zip(axes[0], sequences.shown, strict=True):
         axis.set_title(sequences.names[index], fontsize=10)
     for axis in axes[-1]:
@@ -99,13 +100,18 @@ def _draw_sequences(axes: np.ndarray, sequences: Sequences) -> None:
 
 
 def _draw_hazards(axis: Any, sequences: Sequences) -> None:
+    named = []
     for (source, error), color in zip(sequences.hazards.items(), RUN_COLORS[1:], strict=False):
         _draw_error(axis, sequences, error, color, source)
+        named.append(source)
     if sequences.hazard_radius is not None:
         label = f"hazard radius ({sequences.hazard_radius:g} m)"
         axis.axhline(sequences.hazard_radius, color=REFERENCE, linestyle="--", linewidth=1.2, label=label)
+        named.append(label)
     axis.set_ylabel("error of the nearest\nhazard's position (m)")
-    axis.legend(loc="best", fontsize=8, framealpha=0.8)
+    axis.legend(
+        handles=[line for line in axis.lines if line.get_label() in named], fontsize=8, loc="upper left"
+    )
 
 
 def _draw_error(axis: Any, sequences: Sequences, error: np.ndarray, color: str, label: str) -> None:
@@ -120,7 +126,7 @@ def _draw_error(axis: Any, sequences: Sequences, error: np.ndarray, color: str, 
 def _prepare(axis: Any, sequences: Sequences) -> None:
     """Grid, grey where the model still sees what happens, and how far imagination goes in training."""
     steps = sequences.steps
-    axis.axvspan(steps[0], 0, color="#999999", alpha=0.18, linewidth=0, label="filtered")
+    axis.axvspan(steps[0], 0, color="#999999", alpha=0.18, linewidth=0, label="the model still sees")
     axis.axvline(0, color="#777777", linewidth=1)
     if sequences.horizon < steps[-1]:
         label = f"horizon in training ({sequences.horizon})"

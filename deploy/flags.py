@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import re
 from collections.abc import Iterable
@@ -189,7 +190,10 @@ def parse(form: type[_Args], argv: list[str], command: str, default: _Args | Non
         else:
             paragraphs[-1].append(text)
     paragraphs = [lines for lines in paragraphs if lines]
-    near = next((lines[1].split()[0] for lines in paragraphs if lines[0].startswith("Perhaps")), "")
-    hint = f" (did you mean `{near}`?)" if near else ""
     sentence = " ".join(paragraphs[0]).removesuffix(".")
+    proposed = [line for lines in paragraphs if lines[0].startswith("Perhaps") for line in lines[1:]]
+    options = [line.split()[0] for line in proposed if line.startswith("--")]
+    word = sentence.partition(": ")[2].partition(",")[0]
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.0)
+    hint = f" (did you mean `{near[0]}`?)" if near else ""
     raise UserError(f"{sentence}{hint}; `safedreamer {command} --help` explains the options")

@@ -93,8 +93,8 @@ class CostMeaning(NamedTuple):
 
 
 COST_MEANINGS: dict[str, CostMeaning] = {
-    "none": CostMeaning("the method predicts none", False),
-    "learned": CostMeaning("learned head", True),
+    "none": CostMeaning("nothing: always zero", False),
+    "learned": CostMeaning("the learned head", True),
     "geometric": CostMeaning("decoded hazards", False),
     "tracked": CostMeaning("tracked hazards", False),
 }

@@ -14,6 +14,7 @@ from learner.world_model import WorldModel
 from tests.learner.tiny import MODEL, SPEC, batch, filled
 
 CONTEXT = 3
+CLOSE: Any = {"rtol": 1e-4, "atol": 1e-5}
 BATCH = {name: jnp.asarray(x) for name, x in batch(size=2, length=7).items()}
 
 
@@ -33,11 +34,10 @@ def test_it_is_a_sequence_of_single_steps() -> None:
             latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, quiet)
         else:
             latent = model.rssm.img_step(latent, action, quiet)
-        close: Any = {"rtol": 1e-4, "atol": 1e-5}
-        np.testing.assert_allclose(predicted.reward[:, t], model.reward(latent).mean, **close)
-        np.testing.assert_allclose(predicted.cost[:, t], model.cost(latent).mean, **close)
+        np.testing.assert_allclose(predicted.reward[:, t], model.reward(latent).mean, **CLOSE)
+        np.testing.assert_allclose(predicted.cost[:, t], model.cost(latent).mean, **CLOSE)
         assert predicted.vector is not None
-        np.testing.assert_allclose(predicted.vector[:, t], model.decode_vector(latent), **close)
+        np.testing.assert_allclose(predicted.vector[:, t], model.decode_vector(latent), **CLOSE)
     assert predicted.hazards is None
     assert predicted.images == {}
 
@@ -76,7 +76,7 @@ def test_tracked_hazards_start_where_they_were_last_seen() -> None:
             latent = model.rssm.img_step(latent, action, quiet)
             hazards = move(model, hazards, latent)
             assert hazards is not None
-            np.testing.assert_allclose(predicted.hazards[:, t], hazards, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(predicted.hazards[:, t], hazards, **CLOSE)
             np.testing.assert_array_equal(predicted.cost[:, t], count(model, State(latent, hazards)))
 
 
