@@ -400,7 +400,7 @@ def test_eval_of_a_run_and_of_a_checkpoint(cli, run):
     assert json.loads(older.out) == summary | {"env_steps": 1_000}  # the same parameters, the same layouts
     table = cli("eval", run / runs.CHECKPOINTS, "--episodes", 1)
     assert table.code == 0
-    assert "bsrp_pid on SafetyPointGoal1-v0, 2,000 env steps" in " ".join(table.out.split())
+    assert "osrp_tracked on SafetyPointGoal1-v0, 2,000 env steps" in " ".join(table.out.split())
     assert f"{summary['return']:.2f} ± 0.00" in table.out
 
 
