@@ -95,8 +95,8 @@ class Recorder:
         return episodes
 
 
-def untrained_actions(num_envs: int, action_size: int) -> Policy:
-    """The policy that knows nothing: uniform random actions. Its cost is what training must undercut."""
+def random_policy(num_envs: int, action_size: int) -> Policy:
+    """Uniform random actions: what a trained policy must beat, also in cost."""
 
     def act(params: Params, carry: tuple, obs: dict, is_first: np.ndarray, key: jax.Array) -> tuple:
         return carry, jax.random.uniform(key, (num_envs, action_size), minval=-1.0, maxval=1.0), {}

@@ -128,13 +128,20 @@ def _eval(argv: list[str]) -> int:
         print(f"safedreamer: {sentence}; an older one is used", file=sys.stderr)
     evaluate.check_fit(cfg, args.task, args.observation)
     summary = evaluate.run(
-        cfg, params, episodes=args.episodes, seed=args.seed, version=meta["version"], files=files
+        cfg,
+        params,
+        episodes=args.episodes,
+        seed=args.seed,
+        version=meta["version"],
+        files=files,
+        random=args.random,
     )
+    method = "random actions" if args.random else cfg.method
     if args.json:
-        about = {"task": cfg.task, "method": cfg.method, "env_steps": meta["env_steps"], "seed": args.seed}
+        about = {"task": cfg.task, "method": method, "env_steps": meta["env_steps"], "seed": args.seed}
         print(json.dumps(about | {name.removeprefix("eval/"): value for name, value in summary.items()}))
     else:
-        Console().print(eval_table(summary, f"{cfg.method} on {cfg.task}, {meta['env_steps']:,} env steps"))
+        Console().print(eval_table(summary, f"{method} on {cfg.task}, {meta['env_steps']:,} env steps"))
         for line in files.lines():
             print(line)
     return 0

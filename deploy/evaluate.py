@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from actors.evaluate import Frame, Recorder, evaluate
+from actors.evaluate import Frame, Recorder, evaluate, random_policy
 from common import checkpoint
 from common.config import Config
 from common.metrics import summarize_episodes
@@ -62,9 +62,18 @@ def check_fit(cfg: Config, task: str | None, observation: str | None) -> None:
 
 
 def run(
-    cfg: Config, params: Params, *, episodes: int, seed: int, version: int, files: EvalFiles
+    cfg: Config,
+    params: Params,
+    *,
+    episodes: int,
+    seed: int,
+    version: int,
+    files: EvalFiles,
+    random: bool = False,
 ) -> dict[str, float]:
     """Summary of `episodes` held-out episodes, see `common.metrics.summarize_episodes`.
+
+    With `random`, uniform random actions are played instead of the configured policy.
 
     Raises UserError for files that this observation or machine does not allow, before anything is played.
     """
@@ -79,9 +88,11 @@ def run(
         if files.prediction_plot is not None:
             recorder = Recorder(prediction.EPISODES)
         env = wiring.evaluation_env(cfg, seed, episodes, render=files.video is not None)
-        policy = wiring.policy(cfg, spec, explore=False)
+        chosen = (
+            random_policy(episodes, spec.action_size) if random else wiring.policy(cfg, spec, explore=False)
+        )
         results = evaluate(
-            env, policy, params, seed=seed, version=version, on_frame=on_frame, on_step=recorder
+            env, chosen, params, seed=seed, version=version, on_frame=on_frame, on_step=recorder
         )
         env.close()
     assert results is not None  # nothing stops it

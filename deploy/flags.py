@@ -62,6 +62,8 @@ class EvalArgs:
     """Refuse a checkpoint of another task."""
     observation: str | None = None
     """Refuse a checkpoint of another observation."""
+    random: bool = False
+    """Play uniform random actions on the same layouts instead, for comparison."""
     json: bool = False
     """Print one JSON object instead of a table."""
     video: Path | None = None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from actors.evaluate import Recorder, evaluate, evaluation_seeds, untrained_actions
+from actors.evaluate import Recorder, evaluate, evaluation_seeds, random_policy
 from common.types import ArraySpec, EnvSpec, Policy, Step
 
 SPEC = EnvSpec("Scripted", {"vector": ArraySpec((1,))}, 1, 5, 50)
@@ -133,7 +133,7 @@ def test_evaluation_seeds_do_not_depend_on_their_number_and_differ():
 
 
 def test_the_untrained_policy_is_uniform():
-    policy = untrained_actions(4, 3)
+    policy = random_policy(4, 3)
     keys = jax.random.split(jax.random.PRNGKey(0), 200)
     actions = np.stack([policy.act(None, policy.init(4), {}, np.ones(4, bool), key)[1] for key in keys])
     assert actions.shape == (200, 4, 3)

@@ -403,6 +403,10 @@ def test_eval_of_a_run_and_of_a_checkpoint(cli, run):
     assert "osrp_tracked on SafetyPointGoal1-v0, 2,000 env steps" in " ".join(table.out.split())
     assert f"{summary['return']:.2f} ± 0.00" in table.out
 
+    random = json.loads(cli("eval", run, "--episodes", 1, "--json", "--random").out)
+    assert (random["method"], random["length"]) == ("random actions", 1000)
+    assert random["return"] != summary["return"]
+
 
 def test_eval_passes_over_a_damaged_checkpoint_and_says_so(cli, run):
     newest = checkpoints(run)[-1]
