@@ -17,7 +17,7 @@ echo '[setup] no Python here. Install Python 3.11 (Debian 12: apt-get install py
 exit 2
 endef
 
-.PHONY: help setup train test lint pytest doctor lock
+.PHONY: help setup train test lint pytest bench doctor lock
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -42,6 +42,9 @@ lint: setup ## ruff, pyright, import-linter
 
 pytest: setup ## The tests, or some: ARGS="tests/replay -k round_trip"
 	$(BIN)/pytest $(ARGS)
+
+bench: setup ## Benchmarks, or some: ARGS="environment training planning end-to-end"
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 lock: ## Resolve requirements*.in into both locks; ARGS=--upgrade takes newer versions
 	$(call with_any_python,tools/lock.py $(ARGS))

@@ -228,6 +228,9 @@ def _gremlin_move(lookup: Lookup) -> Callable[[Any], None]:
     return move
 
 
+_SENSORS = int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
+
+
 def _simulate(lookup: Lookup) -> Callable[[Any, np.ndarray], bool]:
     def simulation_forward(self: Any, action: np.ndarray) -> bool:
         self.agent.apply_action(action, None)
@@ -236,6 +239,8 @@ def _simulate(lookup: Lookup) -> Callable[[Any, np.ndarray], bool]:
         count = self.random_generator.binomial(
             self.sim_conf.frameskip_binom_n, self.sim_conf.frameskip_binom_p
         )
+        # Nothing reads a sensor before the forward pass, which fills them all, and none acts on the state.
+        model.opt.disableflags |= _SENSORS
         if self._mocaps:
             for _ in range(count):
                 for mocap in self._mocaps.values():
@@ -243,6 +248,7 @@ def _simulate(lookup: Lookup) -> Callable[[Any, np.ndarray], bool]:
                 mujoco.mj_step(model, data)
         else:
             mujoco.mj_step(model, data, count)
+        model.opt.disableflags &= ~_SENSORS
         mujoco.mj_forward(model, data)
         return False
 
