@@ -174,12 +174,40 @@ def _with_files(config: Config, files: Iterable[Path]) -> Config:
     return config
 
 
+_NUMBERS = tyro.constructors.ConstructorRegistry()
+
+
+@_NUMBERS.primitive_rule
+def _whole_numbers(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
+    """As in a YAML file, 1e6 is a million."""
+    if info.type is not int:
+        return None
+
+    def read(words: list[str]) -> int:
+        for convert in (int, float):
+            with contextlib.suppress(ValueError):
+                number = convert(words[0])
+                if number == number // 1:  # not of nan and the infinities
+                    return int(number)
+        raise ValueError(f"{words[0]} is not a whole number")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda x: isinstance(x, int) and not isinstance(x, bool),
+        str_from_instance=lambda x: [str(x)],
+    )
+
+
 def parse(form: type[_Args], argv: list[str], command: str, default: _Args | None = None) -> _Args:
     """tyro's parser; of its page-long panel about an error, the sentence that says what is wrong."""
     panel = io.StringIO()
     extra: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(panel):
+        with contextlib.redirect_stderr(panel), _NUMBERS:
             return tyro.cli(form, args=argv, prog=f"safedreamer {command}", **extra)
     except SystemExit as stop:
         if not stop.code:  # --help

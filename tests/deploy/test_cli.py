@@ -87,7 +87,7 @@ def refused(cli: Callable) -> Callable[..., str]:
         ("train --learner.batchsize 3", "--learner.batchsize, 3 (did you mean `--learner.batch-size`?)"),
         ("train --batch-size 3", "Unrecognized options: --batch-size, 3"),
         ("train goal", "Unrecognized options: goal"),
-        ("train --learner.batch-size three", "Error parsing --learner.batch-size: invalid literal for int()"),
+        ("train --learner.batch-size three", "--learner.batch-size: three is not a whole number"),
         ("train --learner.batch-size", "Missing value for argument '--learner.batch-size'"),
         ("train --wandb maybe", "invalid choice 'maybe' for argument '--wandb'"),
         ("train --policy planer", "invalid choice 'planer' for argument '--policy'"),
@@ -270,6 +270,17 @@ def printed(result: Result, tmp_path: Path) -> Config:
     path = tmp_path / "printed.yaml"
     path.write_text(result.out)
     return from_dict(read_yaml(path), "printed")
+
+
+@pytest.mark.parametrize(("given", "number"), [("1e6", 1_000_000), ("2_000", 2_000), ("3.0", 3)])
+def test_whole_numbers_may_be_written_as_in_a_file(cli, tmp_path, given, number):
+    config = printed(cli("train", "--env-steps", given, "--print-config"), tmp_path)
+    assert config.env_steps == number
+
+
+@pytest.mark.parametrize("given", ["1.5", "many", "inf", "nan"])
+def test_other_numbers_are_refused_where_a_whole_one_belongs(refused, given):
+    assert f"--env-steps: {given} is not a whole number" in refused("train", "--env-steps", given)
 
 
 def test_print_config_resolves_presets_files_and_flags(cli, tmp_path):

@@ -49,6 +49,18 @@ def test_two_hot_mean_is_symexp_of_the_expected_bin() -> None:
     assert float(head.mean) == pytest.approx(np.exp(0.5) - 1, rel=1e-5)
 
 
+def test_two_hot_mean_of_large_logits_is_finite_and_has_its_gradient() -> None:
+    def plainly(logits: jax.Array) -> jax.Array:
+        x = (jax.nn.softmax(logits) * BINS).sum(-1)
+        return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+    logits = jnp.array([[900.0, 901.0, 899.0], [-900.0, -901.0, -900.5]])
+    mean, derivative = jax.vjp(lambda x: TwoHot(x, BINS).mean, logits)
+    expected, derived = jax.vjp(plainly, logits)
+    np.testing.assert_allclose(mean, expected, rtol=1e-5)
+    np.testing.assert_allclose(derivative(jnp.ones(2))[0], derived(jnp.ones(2))[0], rtol=1e-4, atol=1e-6)
+
+
 def test_two_hot_log_prob_by_hand() -> None:
     head = TwoHot(jnp.log(jnp.array([0.2, 0.3, 0.5])), BINS)
     x = np.exp(0.25) - 1  # symlog(x) = 0.25

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.layers import MLP, Dense, Head, LayerNorm, Linear, symexp, symlog, truncated_normal
+from learner.layers import (
+    MLP,
+    Dense,
+    Head,
+    LayerNorm,
+    Linear,
+    standardize,
+    symexp,
+    symlog,
+    truncated_normal,
+)
 
 KEY = jax.random.PRNGKey(0)
 VALUES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
@@ -42,6 +52,18 @@ def test_layer_norm_by_hand() -> None:
     norm = LayerNorm(2)
     # mean 2, variance 1: +-1 / sqrt(1 + 1e-3)
     np.testing.assert_allclose(norm(jnp.array([1.0, 3.0])), np.array([-1, 1]) / np.sqrt(1.001), rtol=1e-6)
+
+
+def test_the_written_out_gradient_is_the_derived_one() -> None:
+    def plainly(x: jax.Array) -> jax.Array:
+        x = x - x.mean(-1, keepdims=True)
+        return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-3)
+
+    x, g = 3.0 + jax.random.normal(KEY, (2, 5, 7, 33))
+    y, derivative = jax.vjp(standardize, x)
+    expected, derived = jax.vjp(plainly, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(derivative(g)[0], derived(g)[0], rtol=1e-4, atol=2e-5)
 
 
 def test_layer_norm_computes_in_float32() -> None:
