@@ -96,16 +96,16 @@ def imagine(
     key_action, key_state = jax.random.split(key)
     rssm, count = model.rssm, start.latent.deter.shape[0]
     noise = jax.random.normal(key_action, (horizon, count, actor.action_size))
-    gumbel = jax.random.gumbel(key_state, (horizon, count, rssm.stoch, rssm.classes))
+    uniform = jax.random.uniform(key_state, (horizon, count, rssm.stoch))
 
     def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, tuple[State, Array]]:
-        noise_t, gumbel_t = inputs
+        noise_t, uniform_t = inputs
         policy = actor(jax.lax.stop_gradient(features.read(state)))
-        latent = rssm.img_step(state.latent, policy.sample_with(noise_t), gumbel_t)
+        latent = rssm.img_step(state.latent, policy.sample_with(noise_t), uniform_t)
         following = State(latent, move(model, state.hazards, latent))
         return following, (following, policy.entropy())
 
-    _, (states, entropy) = jax.lax.scan(step, start, (noise, gumbel))
+    _, (states, entropy) = jax.lax.scan(step, start, (noise, uniform))
     states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, states)
     return Imagined(states, entropy)
 
@@ -149,15 +149,17 @@ def evaluate(
     """
     states = imagined.states
     feat = features.read(states)
-    cont = jnp.concatenate([start_cont[None], model.cont(states.latent).mode[1:]])
+    following = jax.tree.map(lambda x: x[1:], states)
+    cont = jnp.concatenate([start_cont[None], model.cont(following.latent).mode])
     cont = jax.lax.stop_gradient(cont)
 
     def signal(predicted: Array, judge: Critic, gamma: float) -> Signal:
-        value = judge.value(feat).mean
-        return Signal(lambda_return(predicted[1:], value[1:], gamma * cont[1:], cfg.lambda_), value)
+        # The part that `critic_loss` needs, too: in two pieces, XLA computes it once for both.
+        value = jnp.concatenate([judge.value(feat[:-1]).mean, judge.value(feat[-1:]).mean])
+        return Signal(lambda_return(predicted, value[1:], gamma * cont[1:], cfg.lambda_), value)
 
-    reward = signal(model.reward(states.latent).mean, critic, cfg.gamma)
+    reward = signal(model.reward(following.latent).mean, critic, cfg.gamma)
     cost = None
     if cost_critic is not None:
-        cost = signal(cost_model(model, states), cost_critic, cfg.cost_gamma or cfg.gamma)
+        cost = signal(cost_model(model, following), cost_critic, cfg.cost_gamma or cfg.gamma)
     return Outcome(feat, reward, cost, trajectory_weight(cont, cfg.gamma)[:-1])

@@ -17,9 +17,8 @@ _MIN_STD, _MAX_STD, _STD_OFFSET = 0.1, 1.0, 2.0
 
 
 def uniform_mix(logits: Float[Array, "*n K"], mix: float) -> Float[Array, "*n K"]:
-    """Log-probabilities of (1 - mix) softmax(logits) + mix / K (DreamerV3, section "world model")."""
-    probs = (1 - mix) * jax.nn.softmax(logits) + mix / logits.shape[-1]
-    return jnp.log(probs)
+    """Probabilities (1 - mix) softmax(logits) + mix / K (DreamerV3, section "world model")."""
+    return (1 - mix) * jax.nn.softmax(logits) + mix / logits.shape[-1]
 
 
 @jax.custom_jvp
@@ -36,26 +35,31 @@ def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
 class OneHot(NamedTuple):
     """Categoricals over the last axis, drawn as one-hot vectors with straight-through gradients."""
 
-    logits: Float[Array, "*n S K"]  # normalised log-probabilities, as `uniform_mix` gives them
+    probs: Float[Array, "*n S K"]  # positive, as `uniform_mix` gives them
 
     @property
-    def probs(self) -> Float[Array, "*n S K"]:
-        return jnp.exp(self.logits)
-
-    def _straight_through(self, index: Array) -> Float[Array, "*n S K"]:
-        probs = self.probs
-        return straight_through(jax.nn.one_hot(index, probs.shape[-1], dtype=probs.dtype), probs)
+    def logits(self) -> Float[Array, "*n S K"]:
+        """Log-probabilities."""
+        return jnp.log(self.probs)
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "*n S K"]:
-        return self.sample_with(jax.random.gumbel(key, self.logits.shape))
+        return self.sample_with(jax.random.uniform(key, self.probs.shape[:-1]))
 
-    def sample_with(self, gumbel: Float[Array, "*n S K"]) -> Float[Array, "*n S K"]:
-        """Draws with given Gumbel noise, so that a scan need not split keys."""
-        return self._straight_through(jnp.argmax(self.logits + gumbel, -1))
+    def sample_with(self, uniform: Float[Array, "*n S"] | None) -> Float[Array, "*n S K"]:
+        """Draws with given uniform noise in [0, 1), so that a scan need not split keys; None: the mode.
+
+        By the inverse of the cumulative distribution: one random number per categorical, not K.
+        """
+        if uniform is None:
+            return straight_through(self.mode(), self.probs)
+        below = jnp.cumsum(self.probs, -1) <= uniform[..., None]
+        # Rounding may leave the sum of all probabilities a little below 1.
+        index = jnp.minimum(below.sum(-1), self.probs.shape[-1] - 1)
+        return straight_through(jax.nn.one_hot(index, self.probs.shape[-1]), self.probs)
 
     def mode(self) -> Float[Array, "*n S K"]:
         """The likeliest classes as one-hot vectors, without a gradient."""
-        return jax.nn.one_hot(jnp.argmax(self.logits, -1), self.logits.shape[-1])
+        return jax.nn.one_hot(jnp.argmax(self.probs, -1), self.probs.shape[-1])
 
     def entropy(self) -> Float[Array, "*n"]:
         """Nats, summed over the S categoricals."""

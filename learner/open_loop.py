@@ -62,8 +62,7 @@ def _filter(model: WorldModel, obs: dict[str, Array], action: Float[Array, "B T 
     is_first = jnp.zeros((size, length), bool).at[:, 0].set(True)
 
     def step(latent: Latent, inputs: tuple[Array, Array, Array]) -> tuple[Latent, Latent]:
-        # Without Gumbel noise the draw is the mode.
-        latent = rssm.obs_step(latent, *inputs, jnp.zeros_like(latent.stoch))
+        latent = rssm.obs_step(latent, *inputs, uniform=None)
         return latent, latent
 
     return _scan(step, rssm.initial(size), (previous, is_first, embed))
@@ -73,7 +72,7 @@ def _imagine(model: WorldModel, start: State, action: Float[Array, "B H A"]) -> 
     """Prior modes and tracked hazards [B, H, ...] after each of the actions."""
 
     def step(state: State, action: Array) -> tuple[State, State]:
-        latent = model.rssm.img_step(state.latent, action, jnp.zeros_like(state.latent.stoch))
+        latent = model.rssm.img_step(state.latent, action, uniform=None)
         state = State(latent, move(model, state.hazards, latent))
         return state, state
 

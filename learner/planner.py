@@ -137,14 +137,14 @@ def model_score(
 
     def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:
         count, horizon = candidates.shape[0], cfg.horizon
-        gumbel = _gumbel(model, key, horizon, count)
+        uniform = _uniform(model, key, horizon, count)
 
         def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, State]:
             following = _follow(model, state, *inputs)
             return following, following
 
         actions = candidates.swapaxes(0, 1)[:horizon]
-        _, states = jax.lax.scan(step, _repeat(start, count), (actions, gumbel))
+        _, states = jax.lax.scan(step, _repeat(start, count), (actions, uniform))
         discount = behavior.gamma * model.cont(states.latent).mode
         feat = features.read(states)
 
@@ -177,19 +177,19 @@ def actor_proposals(
         return jnp.zeros((0, horizon + 1, actor.action_size))
     key_noise, key_state = jax.random.split(key)
     noise = jax.random.normal(key_noise, (horizon + 1, count, actor.action_size))
-    gumbel = _gumbel(model, key_state, horizon + 1, count)
+    uniform = _uniform(model, key_state, horizon + 1, count)
 
     def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, Array]:
-        noise_t, gumbel_t = inputs
+        noise_t, uniform_t = inputs
         action = actor(features.read(state)).sample_with(noise_t)
-        return _follow(model, state, action, gumbel_t), action
+        return _follow(model, state, action, uniform_t), action
 
-    _, actions = jax.lax.scan(step, _repeat(start, count), (noise, gumbel))
+    _, actions = jax.lax.scan(step, _repeat(start, count), (noise, uniform))
     return actions.swapaxes(0, 1)
 
 
-def _follow(model: WorldModel, state: State, action: Array, gumbel: Array) -> State:
-    latent = model.rssm.img_step(state.latent, action, gumbel)
+def _follow(model: WorldModel, state: State, action: Array, uniform: Array) -> State:
+    latent = model.rssm.img_step(state.latent, action, uniform)
     return State(latent, move(model, state.hazards, latent))
 
 
@@ -197,5 +197,5 @@ def _repeat(start: State, count: int) -> State:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start)
 
 
-def _gumbel(model: WorldModel, key: PRNGKeyArray, steps: int, count: int) -> Float[Array, "H S stoch K"]:
-    return jax.random.gumbel(key, (steps, count, model.rssm.stoch, model.rssm.classes))
+def _uniform(model: WorldModel, key: PRNGKeyArray, steps: int, count: int) -> Float[Array, "H S stoch"]:
+    return jax.random.uniform(key, (steps, count, model.rssm.stoch))

@@ -64,8 +64,8 @@ def make_policy(
         key_state, key_choice = jax.random.split(key)
         rssm = params.model.rssm
         embed = params.model.encode(obs)
-        gumbel = jax.random.gumbel(key_state, carry.latent.stoch.shape)
-        latent = rssm.obs_step(carry.latent, carry.action, is_first, embed, gumbel)
+        uniform = jax.random.uniform(key_state, carry.latent.stoch.shape[:-1])
+        latent = rssm.obs_step(carry.latent, carry.action, is_first, embed, uniform)
         previous = jnp.where(is_first[:, None, None], 0.0, carry.plan)
         action, plan_, stats = choose(params, State(latent, look(obs)), previous, key_choice)
         action = jnp.clip(action, -1.0, 1.0)

@@ -87,11 +87,11 @@ class RSSM(eqx.Module):
         return update * candidate + (1.0 - update) * latent.deter
 
     def img_step(
-        self, latent: Latent, action: Float[Array, "*n A"], gumbel: Float[Array, "*n S K"]
+        self, latent: Latent, action: Float[Array, "*n A"], uniform: Float[Array, "*n S"] | None
     ) -> Latent:
-        """Imagines one step: recurrence, then a draw from the prior with given Gumbel noise."""
+        """Imagines one step: recurrence, then a draw from the prior by uniform noise (None: its mode)."""
         deter = self.recur(latent, action)
-        return Latent(deter, self.prior(deter).sample_with(gumbel))
+        return Latent(deter, self.prior(deter).sample_with(uniform))
 
     def obs_step(
         self,
@@ -99,10 +99,10 @@ class RSSM(eqx.Module):
         action: Float[Array, "*n A"],
         is_first: Bool[Array, "*n"],
         embed: Float[Array, "*n E"],
-        gumbel: Float[Array, "*n S K"],
+        uniform: Float[Array, "*n S"] | None,
     ) -> Latent:
         """Filters one step: `action` was taken in `latent` and led to the observation in `embed`."""
-        post, _ = self._filter(latent, action, is_first, self.post_embed(embed), gumbel)
+        post, _ = self._filter(latent, action, is_first, self.post_embed(embed), uniform)
         return post
 
     def observe(
@@ -121,20 +121,20 @@ class RSSM(eqx.Module):
             Posterior latents [B, T, ...], posterior and prior distributions [B, T, S, K].
         """
         batch, time = is_first.shape
-        gumbel = jax.random.gumbel(key, (time, batch, self.stoch, self.classes))
+        uniform = jax.random.uniform(key, (time, batch, self.stoch))
         previous = jnp.concatenate([jnp.zeros_like(action[:, :1]), action[:, :-1]], 1)
 
         def step(latent: Latent, inputs: tuple) -> tuple[Latent, tuple[Latent, Array]]:
-            post, logits = self._filter(latent, *inputs)
-            return post, (post, logits)
+            post, probs = self._filter(latent, *inputs)
+            return post, (post, probs)
 
         inputs = jax.tree.map(lambda x: x.swapaxes(0, 1), (previous, is_first, self.post_embed(embed)))
-        _, (latents, logits) = jax.lax.scan(step, self.initial(batch), (*inputs, gumbel))
-        latents, logits = jax.tree.map(lambda x: x.swapaxes(0, 1), (latents, logits))
-        return latents, OneHot(logits), self.prior(latents.deter)
+        _, (latents, probs) = jax.lax.scan(step, self.initial(batch), (*inputs, uniform))
+        latents, probs = jax.tree.map(lambda x: x.swapaxes(0, 1), (latents, probs))
+        return latents, OneHot(probs), self.prior(latents.deter)
 
     def _filter(
-        self, latent: Latent, action: Array, is_first: Array, projected: Array, gumbel: Array
+        self, latent: Latent, action: Array, is_first: Array, projected: Array, uniform: Array | None
     ) -> tuple[Latent, Array]:
         first = is_first[..., None]
         initial = self.initial()
@@ -143,7 +143,7 @@ class RSSM(eqx.Module):
         deter = self.recur(Latent(deter, stoch), jnp.where(first, 0.0, action))
         x = jax.nn.silu(self.post_norm(self.post_deter(deter) + projected))
         post = self._one_hot(self.post_logits(x))
-        return Latent(deter, post.sample_with(gumbel)), post.logits
+        return Latent(deter, post.sample_with(uniform)), post.probs
 
     def _one_hot(self, logits: Float[Array, "*n S*K"]) -> OneHot:
         logits = logits.reshape(*logits.shape[:-1], self.stoch, self.classes)

@@ -192,6 +192,6 @@ def kl_losses(posterior: OneHot, prior: OneHot, cfg: WorldModelConfig) -> dict[s
     posterior; both are returned with their scales applied.
     """
     sg = jax.lax.stop_gradient
-    dyn = jnp.maximum(cfg.free_nats, OneHot(sg(posterior.logits)).kl(prior))
-    rep = jnp.maximum(cfg.free_nats, posterior.kl(OneHot(sg(prior.logits))))
+    dyn = jnp.maximum(cfg.free_nats, OneHot(sg(posterior.probs)).kl(prior))
+    rep = jnp.maximum(cfg.free_nats, posterior.kl(OneHot(sg(prior.probs))))
     return {"dyn": cfg.dyn_scale * dyn, "rep": cfg.rep_scale * rep}

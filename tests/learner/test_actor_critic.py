@@ -49,18 +49,18 @@ def test_imagination_follows_the_actor_step_by_step(model: WorldModel, actor: Ac
     imagined = jax.jit(imagine, static_argnums=3)(model, actor, start, HORIZON, KEY)
     key_action, key_state = jax.random.split(KEY)
     noise = jax.random.normal(key_action, (HORIZON, STATES, 2))
-    gumbel = jax.random.gumbel(key_state, (HORIZON, STATES, 2, 3))
+    uniform = jax.random.uniform(key_state, (HORIZON, STATES, 2))
 
     @jax.jit
-    def step(latent: Latent, noise: jax.Array, gumbel: jax.Array) -> tuple[Latent, jax.Array]:
+    def step(latent: Latent, noise: jax.Array, uniform: jax.Array) -> tuple[Latent, jax.Array]:
         policy = actor(latent.feat)
-        return model.rssm.img_step(latent, policy.mean + policy.std * noise, gumbel), policy.entropy()
+        return model.rssm.img_step(latent, policy.mean + policy.std * noise, uniform), policy.entropy()
 
     latent, latents = start.latent, imagined.states.latent
     for t in range(HORIZON):
         np.testing.assert_allclose(latents.deter[t], latent.deter, atol=1e-5)
         np.testing.assert_allclose(latents.stoch[t], latent.stoch, atol=1e-6)
-        latent, entropy = step(latent, noise[t], gumbel[t])
+        latent, entropy = step(latent, noise[t], uniform[t])
         np.testing.assert_allclose(imagined.entropy[t], entropy, rtol=1e-5)
     np.testing.assert_allclose(latents.deter[HORIZON], latent.deter, atol=1e-5)
 
@@ -97,8 +97,8 @@ def test_gradient_reaches_the_actor_through_the_model(model: WorldModel, actor: 
 
 def fake_model(reward: np.ndarray, cont: np.ndarray) -> Any:
     return SimpleNamespace(
-        reward=lambda latents: SimpleNamespace(mean=jnp.array(reward)),
-        cont=lambda latents: SimpleNamespace(mode=jnp.array(cont)),
+        reward=lambda following: SimpleNamespace(mean=jnp.array(reward[1:])),
+        cont=lambda following: SimpleNamespace(mode=jnp.array(cont[1:])),
     )
 
 
@@ -131,7 +131,7 @@ def test_reward_and_cost_share_one_return(imagined: Imagined, critic: Critic) ->
         fake_model(reward, cont),
         critic,
         (cost_critic := filled(lambda: Critic(KEY, FEAT, BEHAVIOR, MODEL), seed=3)),
-        lambda model, state: jnp.array(cost),
+        lambda model, following: jnp.array(cost[1:]),
         BEHAVIOR,
     )
     assert outcome.cost is not None

@@ -85,49 +85,58 @@ def test_two_hot_loss_pulls_the_mean_to_the_target() -> None:
 
 
 def test_uniform_mix_by_hand() -> None:
-    probs = jnp.exp(uniform_mix(jnp.array([100.0, 0.0, 0.0, 0.0]), 0.01))
+    probs = uniform_mix(jnp.array([100.0, 0.0, 0.0, 0.0]), 0.01)
     np.testing.assert_allclose(probs, [0.9925, 0.0025, 0.0025, 0.0025], rtol=1e-5)
 
 
 def test_samples_are_exactly_one_hot() -> None:
-    logits = uniform_mix(jax.random.normal(jax.random.PRNGKey(1), (64, 3, 5)), 0.01)
-    sample = np.asarray(OneHot(logits).sample(jax.random.PRNGKey(0)))
+    probs = uniform_mix(jax.random.normal(jax.random.PRNGKey(1), (64, 3, 5)), 0.01)
+    sample = np.asarray(OneHot(probs).sample(jax.random.PRNGKey(0)))
     assert set(np.unique(sample)) == {0.0, 1.0}
     np.testing.assert_array_equal(sample.sum(-1), 1.0)
 
 
 def test_samples_follow_the_probabilities() -> None:
-    logits = jnp.broadcast_to(log(0.2, 0.3, 0.5), (4000, 1, 3))
-    frequency = OneHot(logits).sample(jax.random.PRNGKey(0)).mean((0, 1))
+    probs = jnp.broadcast_to(jnp.array([0.2, 0.3, 0.5]), (4000, 1, 3))
+    frequency = OneHot(probs).sample(jax.random.PRNGKey(0)).mean((0, 1))
     np.testing.assert_allclose(frequency, [0.2, 0.3, 0.5], atol=0.03)
 
 
-def test_sample_with_adds_the_noise_to_the_logits() -> None:
-    one_hot = OneHot(log(0.2, 0.3, 0.5))
-    np.testing.assert_array_equal(one_hot.sample_with(jnp.array([[5.0, 0.0, 0.0]])), [[1, 0, 0]])
-    np.testing.assert_array_equal(one_hot.sample_with(jnp.zeros((1, 3))), [[0, 0, 1]])
+@pytest.mark.parametrize(
+    ("uniform", "index"), [(0.0, 0), (0.19, 0), (0.21, 1), (0.49, 1), (0.51, 2), (1.0, 2)]
+)
+def test_sample_with_inverts_the_cumulative_distribution(uniform: float, index: int) -> None:
+    one_hot = OneHot(jnp.array([[0.2, 0.3, 0.5]]))
+    np.testing.assert_array_equal(one_hot.sample_with(jnp.array([uniform])), np.eye(3)[[index]])
+
+
+def test_sample_with_no_noise_is_the_mode_with_a_gradient() -> None:
+    probs, weight = jnp.array([[0.2, 0.5, 0.3]]), jnp.array([[1.0, 2.0, 3.0]])
+    np.testing.assert_array_equal(OneHot(probs).sample_with(None), OneHot(probs).mode())
+    gradient = jax.grad(lambda x: (weight * OneHot(x).sample_with(None)).sum())(probs)
+    np.testing.assert_array_equal(gradient, weight)
 
 
 def test_straight_through_gradient_is_that_of_the_probabilities() -> None:
     weight = jnp.array([[1.0, 2.0, 3.0]])
 
     def objective(logits: jax.Array) -> jax.Array:
-        return (weight * OneHot(logits).sample_with(jnp.zeros((1, 3)))).sum()
+        return (weight * OneHot(jnp.exp(logits)).sample_with(jnp.full((1,), 0.4))).sum()
 
     # d exp(l) / dl = p, hence w p.
     np.testing.assert_allclose(jax.grad(objective)(log(0.2, 0.3, 0.5)), [[0.2, 0.6, 1.5]], rtol=1e-6)
 
 
 def test_mode_is_the_likeliest_class_and_carries_no_gradient() -> None:
-    logits = log(0.2, 0.5, 0.3)
-    np.testing.assert_array_equal(OneHot(logits).mode(), [[0, 1, 0]])
-    gradient = jax.grad(lambda x: (OneHot(x).mode() * jnp.arange(3.0)).sum())(logits)
+    probs = jnp.array([[0.2, 0.5, 0.3]])
+    np.testing.assert_array_equal(OneHot(probs).mode(), [[0, 1, 0]])
+    gradient = jax.grad(lambda x: (OneHot(x).mode() * jnp.arange(3.0)).sum())(probs)
     np.testing.assert_array_equal(gradient, np.zeros((1, 3)))
 
 
 def test_entropy_and_kl_by_hand() -> None:
-    p = OneHot(jnp.stack([log(0.5, 0.5)[0], log(0.5, 0.5)[0]]))  # S = 2
-    q = OneHot(jnp.stack([log(0.25, 0.75)[0], log(0.5, 0.5)[0]]))
+    p = OneHot(jnp.array([[0.5, 0.5], [0.5, 0.5]]))  # S = 2
+    q = OneHot(jnp.array([[0.25, 0.75], [0.5, 0.5]]))
     assert float(p.entropy()) == pytest.approx(2 * np.log(2), rel=1e-6)
     assert float(p.kl(q)) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
 

@@ -190,11 +190,11 @@ def test_scores_follow_the_model(model: WorldModel, start: State) -> None:
 
     @jax.jit
     def by_hand(candidates: jax.Array) -> Scores:
-        gumbel = jax.random.gumbel(KEY, (3, 5, 2, 3))
+        uniform = jax.random.uniform(KEY, (3, 5, 2))
         latent = jax.tree.map(lambda x: jnp.broadcast_to(x, (5, *x.shape)), start.latent)
         latents = []
         for t in range(3):
-            latent = model.rssm.img_step(latent, candidates[:, t], gumbel[t])
+            latent = model.rssm.img_step(latent, candidates[:, t], uniform[t])
             latents.append(latent)
         path = jax.tree.map(lambda *x: jnp.stack(x), *latents)
         discount = BEHAVIOR.gamma * model.cont(path).mode

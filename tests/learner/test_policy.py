@@ -129,11 +129,11 @@ def test_policies_filter_as_training_does(params: ActingParams) -> None:
     key_state, _ = jax.random.split(KEY)
     carry = some_carry(0)
     following, _, _ = EXPLORING.act(params, carry, observation(), LATER, KEY)
-    gumbel = jax.random.gumbel(key_state, (K, MODEL.stoch, MODEL.classes))
+    uniform = jax.random.uniform(key_state, (K, MODEL.stoch))
 
     def filtered(model: WorldModel, obs: dict) -> Latent:
         embed = model.encode(obs)
-        return model.rssm.obs_step(carry.latent, carry.action, jnp.array(LATER), embed, gumbel)
+        return model.rssm.obs_step(carry.latent, carry.action, jnp.array(LATER), embed, uniform)
 
     expected = jax.jit(filtered)(params.model, observation())
     np.testing.assert_allclose(following.latent.deter, expected.deter, atol=1e-5)

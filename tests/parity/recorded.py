@@ -20,6 +20,7 @@ import pytest
 from common.config import Config, load, merge
 from common.types import ArraySpec, Batch, EnvSpec
 from deploy import wiring
+from learner.distributions import OneHot, straight_through
 from learner.reference_variables import assign
 from learner.rssm import Latent
 from learner.train_step import TrainState, TrainStep
@@ -129,15 +130,15 @@ def _normal(key: Any, shape: tuple[int, ...] = (), dtype: Any = None) -> jax.Arr
     return jnp.broadcast_to(sines(*shape[-2:]), shape)
 
 
-def _no_gumbel(key: Any, shape: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
-    return jnp.zeros(shape)
+def _mode(one_hot: OneHot, uniform: Any) -> jax.Array:
+    return straight_through(one_hot.mode(), one_hot.probs)
 
 
 @contextmanager
 def pinned(normal: Callable = _normal) -> Iterator[pytest.MonkeyPatch]:
     """While tracing: one-hot draws are the mode, normal noise is recorded noise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.random, "gumbel", _no_gumbel)
+        patch.setattr(OneHot, "sample_with", _mode)
         patch.setattr(jax.random, "normal", normal)
         yield patch
 
