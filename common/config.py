@@ -209,6 +209,8 @@ class PlannerConfig:
     """Sequences kept per iteration."""
     iterations: int = 6
     """Iterations of the cross-entropy method per decision."""
+    tolerance: float = 0.0
+    """Ends the iterations once the plan's mean moves by less (root mean square, in actions); 0 never does."""
     horizon: int = 15
     """Planned agent steps."""
     init_std: float = 1.0
@@ -568,6 +570,7 @@ _MAY_BE_ZERO = {
     "planner.mixture_coef",
     "planner.exploration",
     "planner.temperature",
+    "planner.tolerance",
     "planner.cost_scale_length",
     "learner.prefill",
     "evaluation.every",

@@ -59,35 +59,56 @@ def plan(
     mean <- m mean + (1 - m) E[elites], std <- std(elites), both weighted by
     exp(temperature (objective - best)): equally at temperature 0 (OSRP), softly above (CEM).
 
+    With `cfg.tolerance` it ends before `cfg.iterations` once the mean has moved by less, root mean square
+    over the plan (**ours**): the last decision's plan, where it starts, is often nearly right.
+
     Args:
         score: values candidate sequences from the present state.
         mean: last decision's plan, already shifted (zeros at the episode's start).
         proposals: sequences of the actor; M may be 0.
     """
 
-    def iterate(carry: tuple[Array, Array], key: PRNGKeyArray) -> tuple[tuple[Array, Array], dict]:
-        mean, std = carry
-        key_noise, key_score = jax.random.split(key)
-        noise = jax.random.normal(key_noise, (cfg.samples, *mean.shape))
-        drawn = jnp.clip(mean + std * noise, -1.0, 1.0)
+    keys = jax.random.split(key, cfg.iterations)
+
+    def iterate(search: _Search) -> _Search:
+        key_noise, key_score = jax.random.split(keys[search.iteration])
+        noise = jax.random.normal(key_noise, (cfg.samples, *search.mean.shape))
+        drawn = jnp.clip(search.mean + search.std * noise, -1.0, 1.0)
         candidates = jnp.concatenate([proposals, drawn])
         scores = score(candidates, key_score)
         safe = scores.cost <= cost_limit
         elites = elite_indices(scores.objective, scores.cost, safe, cfg.elites)
         weights = jax.nn.softmax(cfg.temperature * scores.objective[elites])
         center, std = _moments(candidates[elites], weights)
-        mean = cfg.momentum * mean + (1 - cfg.momentum) * center
+        mean = cfg.momentum * search.mean + (1 - cfg.momentum) * center
         stats = {
             "num_safe": safe.sum().astype(jnp.float32),
             "return": scores.return_[elites].mean(),
             "cost": scores.cost[elites].mean(),
             "std": std.mean(),
         }
-        return (mean, std), stats
+        moved = jnp.sqrt(jnp.square(mean - search.mean).mean())
+        return _Search(search.iteration + 1, mean, std, moved, stats)
+
+    def unfinished(search: _Search) -> Bool[Array, ""]:
+        more = search.iteration < cfg.iterations
+        return more & (search.moved > cfg.tolerance) if cfg.tolerance else more
 
     std = jnp.full_like(mean, cfg.init_std)
-    (mean, _), stats = jax.lax.scan(iterate, (mean, std), jax.random.split(key, cfg.iterations))
-    return Plan(mean, {name: x[-1] for name, x in stats.items()})
+    stats = dict.fromkeys(("num_safe", "return", "cost", "std"), jnp.zeros(()))
+    start = _Search(jnp.zeros((), jnp.int32), mean, std, jnp.full((), jnp.inf), stats)
+    end = jax.lax.while_loop(unfinished, iterate, start)
+    return Plan(end.mean, end.stats | {"iterations": end.iteration.astype(jnp.float32)})
+
+
+class _Search(NamedTuple):
+    """The cross-entropy method between two iterations."""
+
+    iteration: Int[Array, ""]
+    mean: Float[Array, "H+1 A"]
+    std: Float[Array, "H+1 A"]
+    moved: Float[Array, ""]  # the mean, root mean square of its last change
+    stats: dict[str, Float[Array, ""]]
 
 
 def elite_indices(

@@ -142,7 +142,34 @@ def test_mean_and_momentum_by_hand() -> None:
 
 def test_stats_by_hand() -> None:
     stats = {name: float(x) for name, x in plan_among_two_proposals(0.1).stats.items()}
-    assert stats == pytest.approx({"num_safe": 8.0, "return": 0.6, "cost": 0.0, "std": 0.2}, rel=1e-5)
+    expected = {"num_safe": 8.0, "return": 0.6, "cost": 0.0, "std": 0.2, "iterations": 1.0}
+    assert stats == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tolerance_ends_the_iterations_once_the_mean_rests() -> None:
+    patient = dataclasses.replace(SEARCH, iterations=20)
+    adaptive = dataclasses.replace(patient, tolerance=0.02)
+    whole, early = (
+        run(towards_half, jnp.zeros((ROWS, 2)), NO_PROPOSALS, KEY, cfg, 100.0) for cfg in (patient, adaptive)
+    )
+    assert float(whole.stats["iterations"]) == 20
+    count = int(early.stats["iterations"])
+    assert 2 <= count < 20
+    np.testing.assert_allclose(early.mean[:2], 0.5, atol=0.1)
+
+
+def test_each_environment_ends_its_own_iterations() -> None:
+    cfg = dataclasses.replace(SEARCH, iterations=20, tolerance=0.02, init_std=0.1)
+    means = jnp.stack([jnp.full((ROWS, 2), 0.5), jnp.full((ROWS, 2), -0.9)])  # at the goal, and far from it
+
+    def plan_one(mean: jax.Array) -> Plan:
+        return plan(towards_half, mean, NO_PROPOSALS, KEY, cfg, 100.0)
+
+    together = jax.jit(jax.vmap(plan_one))(means)
+    near, far = together.stats["iterations"]
+    assert near < far
+    for i in range(2):
+        np.testing.assert_allclose(together.mean[i], jax.jit(plan_one)(means[i]).mean, rtol=1e-5, atol=1e-6)
 
 
 def test_the_spread_of_the_elites_is_the_next_std() -> None:

@@ -163,7 +163,7 @@ def test_hazards_are_seen_where_they_are(params: ActingParams) -> None:
 
 def test_planner_reports_what_it_expects(params: ActingParams) -> None:
     _, _, stats = PLANNING.act(params, some_carry(ROWS), observation(), LATER, KEY)
-    assert set(stats) == {"plan/num_safe", "plan/return", "plan/cost", "plan/std"}
+    assert set(stats) == {"plan/num_safe", "plan/return", "plan/cost", "plan/std", "plan/iterations"}
     assert all(np.isfinite(x) and x.shape == () for x in stats.values())
 
 
