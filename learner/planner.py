@@ -95,7 +95,7 @@ def plan(
         return more & (search.moved > cfg.tolerance) if cfg.tolerance else more
 
     std = jnp.full_like(mean, cfg.init_std)
-    stats = dict.fromkeys(("num_safe", "return", "cost", "std"), jnp.zeros(()))
+    stats = {name: jnp.zeros(()) for name in ("num_safe", "return", "cost", "std")}
     start = _Search(jnp.zeros((), jnp.int32), mean, std, jnp.full((), jnp.inf), stats)
     end = jax.lax.while_loop(unfinished, iterate, start)
     return Plan(end.mean, end.stats | {"iterations": end.iteration.astype(jnp.float32)})
