@@ -76,8 +76,6 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
         _announce_memory(cfg, spec)
         workers = BACKENDS[cfg.backend](cfg, spec, run)
         try:
-            for message in workers.messages:
-                logger.warning(message)
             outcome = Driver(cfg, spec, run, workers, status).run(resume)
         finally:
             workers.close()

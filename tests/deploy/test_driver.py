@@ -23,6 +23,7 @@ from deploy.driver import Driver, Outcome, exit_code
 from deploy.signals import ENDING, Interrupted
 from deploy.workers import Started
 from learner.learner import LearnerReport
+from replay.server import ReplayInfo
 
 SPEC = EnvSpec("Fake", {"vector": ArraySpec((1,))}, 1, 5, 100)
 SLICE = 30  # env steps that a fake actor reports per slice
@@ -36,6 +37,7 @@ def config(**changes: Any) -> Config:
         "learner": {"batch_size": 2, "batch_length": 4, "prefill": 11},
         "evaluation": {"every": 0, "episodes": 3, "final_episodes": 4},
         "logging": {"every_seconds": 0.02},
+        "supervision": {"backoff_seconds": 0.01, "max_failures": 3},
     }
     return from_dict(values | changes, "test")
 
@@ -81,15 +83,21 @@ class FakeWorkers:
     """`calls` lists (part, method, arguments); `on` replaces a behaviour, e.g. on["actor0", "run"]."""
 
     def __init__(self) -> None:
-        self.messages: list[str] = []
+        self.watched = True
         self.calls: list[tuple[str, str, tuple]] = []
         self.launched: list[tuple[int, int, int]] = []  # (index, life, prefill)
         self.metrics_at: list[int | None] = []
         self.on: dict[tuple[str, str], Callable[..., Any]] = {}
         self.updates = 0
-        self.learner, self.evaluator, self.replay = (
-            Part(name, self) for name in ("learner", "evaluator", "replay")
-        )
+
+    def replay(self) -> Part:
+        return Part("replay", self)
+
+    def learner(self) -> Part:
+        return Part("learner", self)
+
+    def evaluator(self) -> Part:
+        return Part("evaluator", self)
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> Part:
         self.metrics_at.append(resume_env_steps)
@@ -107,6 +115,12 @@ class FakeWorkers:
             return custom(*args)
         kind = name.rstrip("0123456789")
         return getattr(self, f"{kind}_{method}", lambda *args: None)(*args)
+
+    def replay_start(self) -> list[str]:
+        return []
+
+    def replay_info(self) -> ReplayInfo:
+        return ReplayInfo(10, len(self.calls), 0)
 
     def learner_start(self, resume: bool) -> Started:
         return Started(None, 0.5, "cpu")
@@ -389,7 +403,7 @@ def test_a_signal_while_the_learner_compiles_leaves_at_once(workers):
     workers.on["learner", "start"] = start
     with pytest.raises(Interrupted):
         drive(workers)
-    assert workers.calls == [("learner", "start", (False,))]
+    assert workers.calls == [("replay", "start", ()), ("learner", "start", (False,))]
 
 
 def test_a_part_that_hangs_at_the_end_is_left_behind(workers, monkeypatch):
