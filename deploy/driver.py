@@ -37,9 +37,8 @@ LEARNER, REPLAY, EVALUATOR = "learner", "replay", "evaluator"
 _RATE_SECONDS = 15.0  # window of the rates that are shown
 _SLICE_END_SECONDS = 30.0  # longest wait for the slices in flight when a run ends
 _ONE_SIGNAL_SECONDS = 1.0  # `timeout` and terminals may deliver one wish to stop as several signals
-_LOOK_SECONDS = 2.0  # between two looks at the replay server, which nobody else asks for anything
-# Longest silence in calls that are no slices; restoring or saving a large replay buffer takes minutes.
-_START_SECONDS = 1800.0
+_LOOK_SECONDS = 1.0  # between two looks at the replay server, which nobody else asks for anything
+# Longest silence of a part that saves; a large replay buffer takes minutes.
 _SAVE_SECONDS = 600.0
 _SAVE_REPLAY_SECONDS = 3600.0
 
@@ -117,7 +116,7 @@ class Driver:
         self._resume = False  # how a learner starts
         self._started: Started | None = None
         self._replay_ready = False
-        self._replay_traffic = 0  # items in and out, at the last look
+        self._replay_traffic: int | None = None  # items in and out, at the last look
         self._steps_in_replay_checkpoint = 0
         self._journal: Journal | None = None
         self._version = 0
@@ -212,10 +211,10 @@ class Driver:
         return self._workers.actor(index, life, prefill)
 
     def _begin_actor(self, name: str) -> None:
-        self._parts.call(name, "start", then=lambda _: self._act(name), patience=_START_SECONDS)
+        self._parts.call(name, "start", then=lambda _: self._act(name))
 
     def _begin_replay(self) -> None:
-        self._parts.call(REPLAY, "start", then=self._replay_started, patience=_SAVE_REPLAY_SECONDS)
+        self._parts.call(REPLAY, "start", then=self._replay_started)
 
     def _replay_started(self, messages: list[str]) -> None:
         for message in messages:
@@ -228,12 +227,12 @@ class Driver:
             self._steps_in_replay_checkpoint = counters.agent_steps
             self._rows.last({"replay/lost_steps": counters.lost_steps})
             self._warn(f"replay goes on from its checkpoint: at most {lost} agent steps are lost")
-        self._saving, self._replay_ready = False, True
+        self._saving, self._replay_ready, self._replay_traffic = False, True, None
 
     def _begin_learner(self) -> None:
         self._saving = False
         self._episodes[:0], self._shown = self._shown, []
-        self._parts.call(LEARNER, "start", self._resume, then=self._learner_started, patience=_START_SECONDS)
+        self._parts.call(LEARNER, "start", self._resume, then=self._learner_started)
         self._resume = True
 
     def _learner_started(self, started: Started) -> None:
@@ -323,7 +322,7 @@ class Driver:
     def _looked_at_replay(self, info: ReplayInfo) -> None:
         self._rows.last({"replay/size": info.size})
         traffic = info.inserted + info.sampled
-        if traffic > self._replay_traffic:
+        if self._replay_traffic is not None and traffic > self._replay_traffic:
             self._parts.progressed(REPLAY)
         self._replay_traffic = traffic
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 30.0
+_START_SECONDS = 3600.0  # until a part answers first: imports, compilation, restoring a large replay buffer
 _PAUSE_SECONDS = 5.0  # this process itself stood still (Ctrl-Z): nobody else is to blame
 
 
@@ -36,7 +37,8 @@ class _Part:
     begin: Callable[[], None]
     proxy: Proxy | None = None  # None while it waits for its restart
     needed: bool = True
-    heard: float = 0.0  # when it answered last
+    heard: float = 0.0  # when it was started or answered last
+    answered: bool = False  # since it was started
     failures: int = 0  # in a row, without progress in between
     first_error: Exception | None = None  # of them
     down_since: float | None = None
@@ -198,11 +200,12 @@ class Supervisor:
 
     def _start(self, name: str) -> None:
         part = self._parts[name]
-        part.proxy, part.heard = part.start(), time.monotonic()
+        part.proxy, part.heard, part.answered = part.start(), time.monotonic(), False
         part.begin()
 
     def _answered(self, call: _Call, future: Future[Any]) -> None:
-        self._parts[call.name].heard = time.monotonic()
+        part = self._parts[call.name]
+        part.heard, part.answered = time.monotonic(), True
         error = future.exception()
         if error is None:
             call.then(future.result())
@@ -218,8 +221,9 @@ class Supervisor:
         for call in self._calls.values():
             oldest.setdefault(call.name, call)
         for name, call in oldest.items():
-            silent = now - max(call.asked, self._parts[name].heard)
-            if silent > call.patience:
+            part = self._parts[name]
+            silent = now - max(call.asked, part.heard)
+            if silent > (call.patience if part.answered else max(call.patience, _START_SECONDS)):
                 self.fail(name, TimeoutError(f"no answer for {silent:.0f} s"))
 
 
