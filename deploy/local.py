@@ -205,4 +205,8 @@ def _root_cause(error: BaseException) -> BaseException:
         cause = UserError(sentence.strip()) if user_error else RuntimeError(text.rstrip().rpartition("\n")[2])
         cause.__cause__ = error
         return cause
+    if isinstance(error, RayActorError):
+        cause = RuntimeError("its process has ended")
+        cause.__cause__ = error  # says all that Ray knows about it
+        return cause
     return error

@@ -128,6 +128,11 @@ class Victim:
             time.sleep(0.1)
         return time.monotonic() - started
 
+    def let_be(self, seconds: float) -> None:
+        """Waits. Raises Lost when the run ends meanwhile."""
+        end = time.monotonic() + seconds
+        self.await_("nothing", lambda: time.monotonic() > end, 2 * seconds)
+
     def await_training(self, updates: int = 30) -> float:
         """Waits until that many more updates are done."""
         goal = self.newest("train/updates") + updates
