@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import psutil
 
@@ -167,10 +167,10 @@ class Victim:
         self.part(name).send_signal(signal_)
         return self.await_(name + " is back", lambda: self.number("recovered/" + name) > before)
 
-    def orphans_gone(self, seconds: float) -> float:
-        """Seconds until nothing of what it started is left. Raises Lost."""
+    def orphans_gone(self, seconds: float, title: str = "") -> float:
+        """Seconds until nothing of what it started (under such a title) is left. Raises Lost."""
         started = time.monotonic()
-        _, alive = psutil.wait_procs(self.family, seconds)
+        _, alive = psutil.wait_procs([p for p in self.family if title in _title(p)], seconds)
         if alive:
             raise Lost(f"left behind: {[_title(process) for process in alive]}")
         return time.monotonic() - started
@@ -260,12 +260,13 @@ def full_disk(run: Victim) -> float:
     return time.monotonic() - started
 
 
-def killed_driver(run: Victim) -> float:
-    """Seconds until everything is gone that a killed driver had started."""
+def killed_driver(run: Victim) -> Tuple[float, float]:
+    """Seconds until all parts are gone that a killed driver had started, and then all of Ray."""
     run.descendants()
     run.process.kill()
     run.process.wait()
-    return run.orphans_gone(60.0)
+    parts = run.orphans_gone(PATIENCE, "ray::")
+    return parts, parts + run.orphans_gone(PATIENCE)
 
 
 def truncate_newest_checkpoint(run: Path) -> None:
@@ -307,7 +308,8 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         note("stuck replay", seconds, lost_steps=broken.newest("replay/lost_steps") - lost)
         broken.await_training()
         figures["problems"] = problems(broken.rows())
-        note("killed driver", killed_driver(broken))
+        parts, everything = killed_driver(broken)
+        note("killed driver", parts, with_ray=round(everything, 1))
     truncate_newest_checkpoint(run)
     done = broken.newest("env_steps")
     started = time.monotonic()
