@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,23 +24,30 @@ from common.metrics import Aggregator, summarize_episodes
 from common.status import Evaluation, Status
 from common.types import EnvSpec, EpisodeResult, UserError
 from deploy import signals
-from deploy.journal import METRICS, Journal
+from deploy.journal import Journal
+from deploy.outcome import Counters, Outcome
+from deploy.saving import SAVE_REPLAY_SECONDS, SAVE_SECONDS, Saver
 from deploy.signals import Interrupted
-from deploy.supervision import TICK_SECONDS, Proxy, Supervisor, first_words
+from deploy.supervision import (
+    EVALUATOR,
+    LEARNER,
+    METRICS,
+    REPLAY,
+    TICK_SECONDS,
+    Proxy,
+    Supervisor,
+    first_words,
+)
 from deploy.workers import Started
 from learner.learner import LearnerReport
 from replay.server import ReplayInfo
 
 logger = logging.getLogger(__name__)
 
-LEARNER, REPLAY, EVALUATOR = "learner", "replay", "evaluator"
 _RATE_SECONDS = 15.0  # window of the rates that are shown
 _SLICE_END_SECONDS = 30.0  # longest wait for the slices in flight when a run ends
 _ONE_SIGNAL_SECONDS = 1.0  # `timeout` and terminals may deliver one wish to stop as several signals
 _LOOK_SECONDS = 1.0  # between two looks at the replay server, which nobody else asks for anything
-# Longest silence of a part that saves; a large replay buffer takes minutes.
-_SAVE_SECONDS = 600.0
-_SAVE_REPLAY_SECONDS = 3600.0
 
 
 class Workers(Protocol):
@@ -61,34 +68,6 @@ class Workers(Protocol):
     def close(self) -> None:
         """Ends every part; what must not be lost was saved before."""
         ...
-
-
-@dataclass
-class Counters:
-    """What a run has done since it began, over all of its resumes."""
-
-    env_steps: int = 0
-    agent_steps: int = 0
-    replayed_steps: int = 0
-    updates: int = 0
-    wall_seconds: float = 0.0
-    restarts: int = 0  # of parts that failed
-    evaluated_at: int = -1  # env steps of the newest evaluation
-    lost_updates: int = 0  # that a restarted learner did not remember
-    lost_steps: int = 0  # agent steps, at most, that a restarted replay server did not remember
-
-    def train_ratio(self, prefill: int) -> float:
-        """Realised replayed agent steps per agent step collected after the prefill."""
-        return self.replayed_steps / max(1, self.agent_steps - prefill)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    counters: Counters
-    signal: int | None  # that ended it early
-    summary: dict[str, float] | None  # of the final evaluation
 
 
 class Driver:
@@ -112,12 +91,12 @@ class Driver:
         self._signalled_at = 0.0
         self._leaving: int | None = None  # the second signal
         self._evaluating = False
-        self._saving = False
         self._resume = False  # how a learner starts
         self._started: Started | None = None
         self._replay_ready = False
         self._replay_traffic: int | None = None  # items in and out, at the last look
-        self._steps_in_replay_checkpoint = 0
+        checkpoint, with_replay = cfg.checkpoint.every_seconds, cfg.replay.checkpoint
+        self._saver = Saver(self._parts, checkpoint, with_replay, self._meta, self._not_saved)
         self._journal: Journal | None = None
         self._version = 0
         self._clock = self._looked_at = time.monotonic()
@@ -167,7 +146,7 @@ class Driver:
         self._acting = self._learning = True
         for name, index in self._actors.items():
             self._parts.launch(name, partial(self._make_actor, index), partial(self._begin_actor, name))
-        self._logged_at = self._saved_at = time.monotonic()
+        self._logged_at = time.monotonic()
         self._learn()
 
     def _take_over(self, started: Started, resume: bool) -> None:
@@ -183,7 +162,7 @@ class Driver:
             # The learner counts for itself: a slice may have ended between these counters and its state.
             counters.updates = started.meta["updates"] + counters.lost_updates
             counters.replayed_steps = counters.updates * self._batch_steps
-            self._steps_in_replay_checkpoint = counters.agent_steps
+            self._saver.agent_steps = counters.agent_steps
             self._status.phase = "resuming"
         if self._counters.env_steps >= self._cfg.env_steps:
             raise UserError(
@@ -221,16 +200,16 @@ class Driver:
             self._warn(message)
         if self._replay_ready:
             counters = self._counters
-            lost = counters.agent_steps - self._steps_in_replay_checkpoint
+            lost = counters.agent_steps - self._saver.agent_steps
             counters.lost_steps += lost
-            # Lost steps must not be counted again if the server dies before its next checkpoint.
-            self._steps_in_replay_checkpoint = counters.agent_steps
+            self._saver.agent_steps = counters.agent_steps  # what is lost is not lost once more
             self._rows.last({"replay/lost_steps": counters.lost_steps})
             self._warn(f"replay goes on from its checkpoint: at most {lost} agent steps are lost")
-        self._saving, self._replay_ready, self._replay_traffic = False, True, None
+        self._saver.interrupted()
+        self._replay_ready, self._replay_traffic = True, None
 
     def _begin_learner(self) -> None:
-        self._saving = False
+        self._saver.interrupted()
         self._episodes[:0], self._shown = self._shown, []
         self._parts.call(LEARNER, "start", self._resume, then=self._learner_started)
         self._resume = True
@@ -259,8 +238,7 @@ class Driver:
             now = time.monotonic()
             if now - self._logged_at >= self._cfg.logging.every_seconds:
                 self._log_row()
-            if now - self._saved_at >= self._cfg.checkpoint.every_seconds and not self._saving:
-                self._save()
+            self._saver.save_if_due()
             if now - self._looked_at >= _LOOK_SECONDS and not self._parts.busy({REPLAY}):
                 self._looked_at = now
                 self._parts.call(REPLAY, "info", then=self._looked_at_replay)
@@ -364,35 +342,9 @@ class Driver:
         )
         return summary
 
-    def _save(self) -> None:
-        """Saves learner and replay without holding up the loop."""
-        self._saved_at = time.monotonic()
-        if self._parts.proxy(LEARNER) is None:
-            return
-        self._saving = True
-        self._call_save(LEARNER, "save", self._meta(), then=self._saved_learner, patience=_SAVE_SECONDS)
-
-    def _saved_learner(self, _: Any) -> None:
-        self._saving = self._cfg.replay.checkpoint and self._parts.proxy(REPLAY) is not None
-        if not self._saving:
-            return
-        steps = self._counters.agent_steps
-        then = lambda _: self._saved_replay(steps)  # noqa: E731
-        self._call_save(REPLAY, "checkpoint", then=then, patience=_SAVE_REPLAY_SECONDS)
-
-    def _saved_replay(self, agent_steps: int) -> None:
-        self._saving = False
-        self._steps_in_replay_checkpoint = agent_steps
-
-    def _call_save(
-        self, name: str, method: str, *args: Any, then: Callable[[Any], None], patience: float
-    ) -> None:
-        self._parts.call(name, method, *args, then=then, otherwise=self._not_saved, patience=patience)
-
-    def _not_saved(self, error: UserError) -> None:
-        self._saving = False
+    def _not_saved(self, why: str) -> None:
         self._rows.count("time/failed_saves")
-        self._warn(f"training goes on without a checkpoint, the next is tried in time: {first_words(error)}")
+        self._warn(f"training goes on without a checkpoint, the next is tried in time: {why}")
 
     def _meta(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -465,9 +417,9 @@ class Driver:
         if self._signal is None:
             # The final evaluation stands for the periodic one that would be due at once after a resume.
             self._counters.evaluated_at = self._counters.env_steps
-        self._ask(LEARNER, "save", self._meta(), patience=_SAVE_SECONDS)
+        self._ask(LEARNER, "save", self._meta(), patience=SAVE_SECONDS)
         if self._cfg.replay.checkpoint:
-            self._ask(REPLAY, "checkpoint", patience=_SAVE_REPLAY_SECONDS)
+            self._ask(REPLAY, "checkpoint", patience=SAVE_REPLAY_SECONDS)
         self._update_status()
         self._log_row()
         summary = None
@@ -511,9 +463,9 @@ class Driver:
         """After an error: a last checkpoint, unless a part that it needs is what failed."""
         self._status.phase = "saving"
         try:
-            self._last_call(LEARNER, "save", self._meta(), seconds=_SAVE_SECONDS)
+            self._last_call(LEARNER, "save", self._meta(), seconds=SAVE_SECONDS)
             if self._cfg.replay.checkpoint:
-                self._last_call(REPLAY, "checkpoint", seconds=_SAVE_REPLAY_SECONDS)
+                self._last_call(REPLAY, "checkpoint", seconds=SAVE_REPLAY_SECONDS)
         except Exception as error:
             logger.warning("no last checkpoint could be written: %s", first_words(error))
         metrics = self._parts.proxy(METRICS)
@@ -572,8 +524,3 @@ class Driver:
 def actor_name(index: int) -> str:
     """Of an actor, as a part of a run."""
     return f"actor {index}"
-
-
-def exit_code(outcome: Outcome) -> int:
-    """0 for a completed run, 128 + signal for an interrupted one."""
-    return 0 if outcome.signal is None else 128 + outcome.signal

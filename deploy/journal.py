@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.types import UserError
-from deploy.supervision import Proxy, Supervisor
-
-METRICS = "metrics"
+from deploy.supervision import METRICS, Proxy, Supervisor
 
 
 class Journal:

@@ -19,7 +19,8 @@ from common.config import Config, from_dict
 from common.status import Status
 from common.types import ArraySpec, EnvSpec, EpisodeResult, UserError
 from deploy import driver as driver_module
-from deploy.driver import Driver, Outcome, exit_code
+from deploy.driver import Driver
+from deploy.outcome import Outcome, exit_code
 from deploy.signals import ENDING, Interrupted
 from deploy.workers import Started
 from learner.learner import LearnerReport
