@@ -178,7 +178,6 @@ class Driver:
 
     def _failed(self, name: str, error: Exception) -> None:
         self._counters.restarts += 1
-        self._rows.count("time/restarts")
         self._warn(f"{name} failed and is started anew: {first_words(error)}")
 
     def _make_actor(self, index: int) -> Proxy:
@@ -203,7 +202,6 @@ class Driver:
             lost = counters.agent_steps - self._saver.agent_steps
             counters.lost_steps += lost
             self._saver.agent_steps = counters.agent_steps  # what is lost is not lost once more
-            self._rows.last({"replay/lost_steps": counters.lost_steps})
             self._warn(f"replay goes on from its checkpoint: at most {lost} agent steps are lost")
         self._saver.interrupted()
         self._replay_ready, self._replay_traffic = True, None
@@ -220,7 +218,6 @@ class Driver:
             own = 0 if started.meta is None else started.meta["updates"]
             lost = counters.updates - counters.lost_updates - own
             counters.lost_updates += lost
-            self._rows.last({"train/lost_updates": counters.lost_updates})
             self._warn(f"the learner goes on from its update {own}: {lost} are lost")
             self._learn()
         self._started = started
@@ -364,6 +361,9 @@ class Driver:
             "time/updates_per_second": self._status.updates_per_second,
             "replay/train_ratio": self._train_ratio,
             "train/updates": self._counters.updates,
+            "train/lost_updates": self._counters.lost_updates,
+            "replay/lost_steps": self._counters.lost_steps,
+            "time/restarts": self._counters.restarts,
         }
         row = self._rows.pop()
         self._status.actors_waiting = row.get("time/actors_waiting", self._status.actors_waiting)
