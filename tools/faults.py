@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import psutil
 
@@ -260,13 +261,12 @@ def full_disk(run: Victim) -> float:
     return time.monotonic() - started
 
 
-def killed_driver(run: Victim) -> Tuple[float, float]:
-    """Seconds until all parts are gone that a killed driver had started, and then all of Ray."""
+def killed_driver(run: Victim) -> float:
+    """Seconds until all parts are gone that a killed driver had started."""
     run.descendants()
     run.process.kill()
     run.process.wait()
-    parts = run.orphans_gone(PATIENCE, "ray::")
-    return parts, parts + run.orphans_gone(PATIENCE)
+    return run.orphans_gone(PATIENCE, "ray::")
 
 
 def truncate_newest_checkpoint(run: Path) -> None:
@@ -288,7 +288,7 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         figures[name] = dict(more, seconds=round(seconds, 1))
         say(f"{name}: {figures[name]}")
 
-    with victim(run) as broken:
+    with victim(run) as broken, ThreadPoolExecutor(1) as pool:
         for name in ("actor", "evaluator", "metrics"):
             note("killed " + name, broken.recover(name))
         broken.part("holder").kill()
@@ -307,19 +307,21 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         seconds = broken.recover("replay", signal.SIGSTOP)
         note("stuck replay", seconds, lost_steps=broken.newest("replay/lost_steps") - lost)
         broken.await_training()
-        figures["problems"] = problems(broken.rows())
-        parts, everything = killed_driver(broken)
-        note("killed driver", parts, with_ray=round(everything, 1))
-    truncate_newest_checkpoint(run)
-    done = broken.newest("env_steps")
-    started = time.monotonic()
-    with resumed(run, done + 20_000) as second:
-        code = second.wait(3 * PATIENCE)
-        rows = [row for row in second.rows() if row["env_steps"] > done]
-        note("resumed", time.monotonic() - started, exit_code=code, train_ratio=round(train_ratio(rows), 2))
-        figures["passed over"] = "checkpoint passed over" in second.output
-        figures["problems"] += problems(second.rows())
-        second.orphans_gone(20.0)
+        before = broken.rows()
+        note("killed driver", killed_driver(broken))
+        rest = pool.submit(broken.orphans_gone, PATIENCE)  # of Ray's own processes
+        truncate_newest_checkpoint(run)
+        done = before[-1]["env_steps"]
+        started = time.monotonic()
+        with resumed(run, done + 20_000) as second:
+            code = second.wait(3 * PATIENCE)
+            rows = [row for row in second.rows() if row["env_steps"] > done]
+            ratio = round(train_ratio(rows), 2)
+            note("resumed", time.monotonic() - started, exit_code=code, train_ratio=ratio)
+            figures["passed over"] = "checkpoint passed over" in second.output
+            second.orphans_gone(20.0)
+        note("killed driver, all of Ray", rest.result())
+        figures["problems"] = problems(before) + problems(second.rows())
     return figures
 
 
