@@ -151,8 +151,6 @@ class Driver:
 
     def _take_over(self, started: Started, resume: bool) -> None:
         """Goes on from what the learner has restored."""
-        for warning in started.warnings:
-            self._warn(f"checkpoint passed over: {warning}")
         if resume and started.meta is None:
             self._warn("there is no checkpoint yet: the run starts anew")
         if started.warm is not None:
@@ -213,6 +211,8 @@ class Driver:
         self._resume = True
 
     def _learner_started(self, started: Started) -> None:
+        for warning in started.warnings:
+            self._warn(f"checkpoint passed over: {warning}")
         if self._started is not None:
             counters = self._counters
             own = 0 if started.meta is None else started.meta["updates"]

@@ -38,9 +38,9 @@ class Saver:
         self.agent_steps = 0  # that the newest checkpoint of replay knows of
 
     def save_if_due(self) -> None:
-        """Begins a save without waiting for it."""
+        """Begins a save without waiting for it. A part that is down shall not replace what it restores."""
         now = time.monotonic()
-        if self._saving or now - self._began < self._every or self._parts.proxy(LEARNER) is None:
+        if self._saving or now - self._began < self._every or LEARNER in self._parts.down():
             return
         self._saving, self._began = True, now
         meta = self._meta()
@@ -52,7 +52,7 @@ class Saver:
         self._saving = False
 
     def _save_replay(self, agent_steps: int) -> None:
-        self._saving = self._replay and self._parts.proxy(REPLAY) is not None
+        self._saving = self._replay and REPLAY not in self._parts.down()
         if self._saving:
             then = lambda _: self._saved(agent_steps)  # noqa: E731
             self._call(REPLAY, SAVE_REPLAY_SECONDS, "checkpoint", then=then)
