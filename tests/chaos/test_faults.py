@@ -5,6 +5,7 @@ What survives what: a test per row of the README's table.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import faults
@@ -15,7 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return faults.story(tmp_path_factory.mktemp("faults"), print)
+    directory = tmp_path_factory.mktemp("faults")
+    figures = faults.story(directory, print)
+    (directory / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
 
 
 @pytest.mark.parametrize("part", ["actor", "evaluator", "metrics", "holder", "replay", "learner"])
