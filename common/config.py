@@ -266,6 +266,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class SupervisionConfig:
+    grace_seconds: float = 120.0
+    """Seconds beyond its slice after which a part that does not answer is replaced."""
+    backoff_seconds: float = 0.5
+    """Wait before a failed part is started anew; doubles with every failure in a row, up to 30 s."""
+    max_failures: int = 5
+    """Failures of one part in a row, without progress in between, that a run survives."""
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     every_seconds: float = 5.0
     """Seconds between two rows of `metrics.jsonl` (and lines, when there is no terminal)."""
@@ -307,6 +317,7 @@ class Config:
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

@@ -13,6 +13,9 @@ The x-axis of everything is `env_steps`. Names, and what they mean:
 | loss/* | means of the training losses since the last row |
 | time/* | seconds, rates per second and shares of time |
 | replay/* | fill, realised train ratio, age of parameters |
+| replay/mixed | replayed windows that were not one stream, must stay 0 |
+| replay/lost_steps, train/lost_updates | totals that a killed replay server or learner did not remember |
+| down/PART, recovered/PART | seconds that a part has been down, and after which it was back |
 
 A row of `metrics.jsonl` is {"env_steps", "wall_seconds", name: value, ...}; a row of `episodes.jsonl`
 is {"env_steps", "return", "cost", "length", "version", "source"}. NaN and infinities become null.

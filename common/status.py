@@ -58,6 +58,7 @@ class Status:
     multiplier: float | None = None
     episodes: deque[EpisodeResult] = field(default_factory=lambda: deque(maxlen=400))
     evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=50))
+    down: dict[str, float] = field(default_factory=dict)  # parts that do not work, and seconds since when
     warnings: deque[str] = field(default_factory=lambda: deque(maxlen=3))  # restarts and the like
 
 
@@ -82,6 +83,8 @@ def status_line(status: Status) -> str:
     if evaluations:
         last = evaluations[-1]
         parts.append(f"evaluation at {last.env_steps:,}: return {last.return_:.1f}, cost {last.cost:.1f}")
+    if status.down:
+        parts.append(_down(status))
     return " | ".join(parts)
 
 
@@ -120,6 +123,8 @@ def _blocks(s: Status, wide: bool) -> list[tuple[int, RenderableType]]:
         blocks += [(5, Text()), (1, grid)]
     else:
         blocks += [(1, episodes), (4, evaluations)]
+    if s.down:
+        blocks.append((1, Text(_down(s), style="bold red")))
     if s.warnings:
         blocks.append((2, Text("\n".join(f"! {warning}" for warning in list(s.warnings)), style="yellow")))
     return blocks
@@ -164,6 +169,10 @@ def _facts(s: Status, columns: int) -> Table:
     for start in range(0, len(facts), columns):
         grid.add_row(*(cell for fact in facts[start : start + columns] for cell in fact))
     return grid
+
+
+def _down(status: Status) -> str:
+    return "down: " + ", ".join(f"{name} for {seconds:.0f} s" for name, seconds in status.down.items())
 
 
 def _ratio(status: Status) -> str:

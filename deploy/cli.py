@@ -93,7 +93,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _run(cfg: Config, run: Path, *, resume: bool) -> int:
-    from deploy.driver import exit_code
+    from deploy.outcome import exit_code
     from deploy.signals import Interrupted
     from deploy.train import train
 

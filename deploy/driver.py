@@ -1,6 +1,7 @@
 """The control loop of a run: hands out slices of work, counts, evaluates, saves, and ends cleanly.
 
-It is the same for every way to run: `Workers` says where the parts live (threads, Ray).
+It is the same for every way to run: `Workers` says where the parts live (threads, Ray), and
+`deploy.supervision` keeps them at work.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, wait
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,38 +24,42 @@ from common.metrics import Aggregator, summarize_episodes
 from common.status import Evaluation, Status
 from common.types import EnvSpec, EpisodeResult, UserError
 from deploy import signals
+from deploy.journal import Journal
+from deploy.outcome import Counters, Outcome
+from deploy.saving import SAVE_REPLAY_SECONDS, SAVE_SECONDS, Saver
 from deploy.signals import Interrupted
+from deploy.supervision import (
+    EVALUATOR,
+    LEARNER,
+    METRICS,
+    REPLAY,
+    TICK_SECONDS,
+    Proxy,
+    Supervisor,
+    first_words,
+)
 from deploy.workers import Started
 from learner.learner import LearnerReport
+from replay.server import ReplayInfo
 
 logger = logging.getLogger(__name__)
 
-_TICK_SECONDS = 0.2
 _RATE_SECONDS = 15.0  # window of the rates that are shown
 _SLICE_END_SECONDS = 30.0  # longest wait for the slices in flight when a run ends
-_MAX_FAILURES = 3  # of one actor in a row, without an env step in between
 _ONE_SIGNAL_SECONDS = 1.0  # `timeout` and terminals may deliver one wish to stop as several signals
-
-
-class Proxy(Protocol):
-    """A part that lives elsewhere; its calls run one after another, in order."""
-
-    def call(self, method: str, *args: Any) -> Future[Any]: ...
+_LOOK_SECONDS = 1.0  # between two looks at the replay server, which nobody else asks for anything
 
 
 class Workers(Protocol):
-    """Where the parts of a run live. Making a proxy starts its part."""
+    """Where the parts of a run live. Each method starts its part; what is left of an earlier one goes."""
 
-    messages: list[str]  # of the replay server, about damaged checkpoints
+    watched: bool  # whether a part that hangs can be ended and replaced
 
-    @property
+    def replay(self) -> Proxy: ...
+
     def learner(self) -> Proxy: ...
 
-    @property
     def evaluator(self) -> Proxy: ...
-
-    @property
-    def replay(self) -> Proxy: ...
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> Proxy: ...
 
@@ -64,32 +70,6 @@ class Workers(Protocol):
         ...
 
 
-@dataclass
-class Counters:
-    """What a run has done since it began, over all of its resumes."""
-
-    env_steps: int = 0
-    agent_steps: int = 0
-    replayed_steps: int = 0
-    updates: int = 0
-    wall_seconds: float = 0.0
-    restarts: int = 0  # of actors
-    evaluated_at: int = -1  # env steps of the newest evaluation
-
-    def train_ratio(self, prefill: int) -> float:
-        """Realised replayed agent steps per agent step collected after the prefill."""
-        return self.replayed_steps / max(1, self.agent_steps - prefill)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    counters: Counters
-    signal: int | None  # that ended it early
-    summary: dict[str, float] | None  # of the final evaluation
-
-
 class Driver:
     """Runs one training to its end. `run` blocks; signals end it with a checkpoint."""
 
@@ -97,23 +77,29 @@ class Driver:
         self._cfg, self._spec, self._run_dir, self._workers = cfg, spec, run, workers
         self._status = status
         self._counters = Counters()
-        self._pending: dict[Future[Any], tuple[str, Callable[[Any], Any]]] = {}
+        self._parts = Supervisor(cfg.supervision, self._failed, workers.watched)
         self._rows = Aggregator()
         self._episodes: list[EpisodeResult] = []  # finished, not yet seen by the learner
-        self._actors: dict[int, Proxy] = {}
+        self._shown: list[EpisodeResult] = []  # to the learner, in the slice in flight
+        self._actors = {actor_name(index): index for index in range(cfg.actors.count)}
+        self._prefill = 0  # random agent steps of an actor in its first life
         self._lives: dict[int, int] = {}
-        self._failures: dict[int, int] = {}
         self._marks: deque[tuple[float, int, int]] = deque()
-        self._acting = True
-        self._stopping = False
+        self._acting = False
+        self._learning = False
         self._signal: int | None = None
         self._signalled_at = 0.0
         self._leaving: int | None = None  # the second signal
         self._evaluating = False
-        self._saving = False
-        self._metrics: Proxy | None = None
+        self._resume = False  # how a learner starts
+        self._started: Started | None = None
+        self._replay_ready = False
+        self._replay_traffic: int | None = None  # items in and out, at the last look
+        checkpoint, with_replay = cfg.checkpoint.every_seconds, cfg.replay.checkpoint
+        self._saver = Saver(self._parts, checkpoint, with_replay, self._meta, self._not_saved)
+        self._journal: Journal | None = None
         self._version = 0
-        self._clock = time.monotonic()
+        self._clock = self._looked_at = time.monotonic()
 
     def run(self, resume: bool) -> Outcome:
         """Trains until `env_steps`, SIGINT or SIGTERM.
@@ -126,7 +112,7 @@ class Driver:
             try:
                 self._loop()
             except BaseException:
-                self._acting, self._stopping = False, True
+                self._acting = self._learning = False
                 self._save_what_can_be_saved()
                 raise
             summary = self._finish()
@@ -136,98 +122,148 @@ class Driver:
 
     def _start(self, resume: bool) -> None:
         self._status.phase = "compiling"
-        started: Started = self._await(self._workers.learner.call("start", resume))
-        for warning in started.warnings:
-            self._warn(f"checkpoint passed over: {warning}")
+        self._resume = resume
+        self._parts.launch(REPLAY, self._workers.replay, self._begin_replay)
+        self._await(lambda: self._replay_ready)
+        self._parts.launch(LEARNER, self._workers.learner, self._begin_learner)
+        self._parts.launch(EVALUATOR, self._workers.evaluator, self._begin_evaluator)
+        self._await(lambda: self._started is not None)
+        started = self._started
+        assert started is not None
+        self._take_over(started, resume)
+        self._prefill = 0 if started.meta else math.ceil(self._random_steps(started) / self._cfg.actors.count)
+        resumed_at = self._counters.env_steps if started.meta is not None else -1
+        settings = to_dict(self._cfg)
+        make_metrics = lambda at: self._workers.metrics(settings, at)  # noqa: E731
+        journal = self._journal = Journal(self._parts, make_metrics, resumed_at if resume else None)
+        self._record("write", {"time/compile_seconds": started.compile_seconds})
+        self._await(lambda: journal.confirmed)
+        logger.info("learner compiled in %.0f s on %s", started.compile_seconds, started.backend)
+        # Nobody acts or learns before the evaluator is up: its first evaluation is of the untrained policy.
+        self._parts.ask(EVALUATOR, "refresh", unless=self._interrupted)
+        if self._evaluation_is_due():
+            self._evaluate()
+        self._acting = self._learning = True
+        for name, index in self._actors.items():
+            self._parts.launch(name, partial(self._make_actor, index), partial(self._begin_actor, name))
+        self._logged_at = time.monotonic()
+        self._learn()
+
+    def _take_over(self, started: Started, resume: bool) -> None:
+        """Goes on from what the learner has restored."""
         if resume and started.meta is None:
             self._warn("there is no checkpoint yet: the run starts anew")
         if started.warm is not None:
             logger.info("begins from the checkpoint %s", started.warm.checkpoint)
         if started.meta is not None:
-            self._counters = Counters(**started.meta["counters"])
+            counters = self._counters = Counters(**started.meta["counters"])
             # The learner counts for itself: a slice may have ended between these counters and its state.
-            self._counters.updates = started.meta["updates"]
-            self._counters.replayed_steps = started.meta["updates"] * self._batch_steps
+            counters.updates = started.meta["updates"] + counters.lost_updates
+            counters.replayed_steps = counters.updates * self._batch_steps
+            self._saver.agent_steps = counters.agent_steps
             self._status.phase = "resuming"
         if self._counters.env_steps >= self._cfg.env_steps:
             raise UserError(
                 f"this run already has {self._counters.env_steps} env steps; "
                 f"to go on, give --env-steps more than that"
             )
-        resumed_at = self._counters.env_steps if started.meta is not None else -1
-        self._metrics = self._workers.metrics(to_dict(self._cfg), resumed_at if resume else None)
-        self._await(
-            self._metrics.call(
-                "write", self._counters.env_steps, {"time/compile_seconds": started.compile_seconds}
-            )
-        )
-        logger.info("learner compiled in %.0f s on %s", started.compile_seconds, started.backend)
-        # Nobody acts or learns before the evaluator is up: its first evaluation is of the untrained policy.
-        self._await(self._workers.evaluator.call("refresh"))
-        if self._evaluation_is_due():
-            self._evaluate()
-        prefill = 0 if started.meta else math.ceil(self._random_steps(started) / self._cfg.actors.count)
-        for index in range(self._cfg.actors.count):
-            self._launch_actor(index, self._counters.env_steps, prefill)
-        self._logged_at = self._saved_at = time.monotonic()
-        self._learn()
 
     def _random_steps(self, started: Started) -> int:
         """Agent steps with random actions before a policy acts that has never seen anything."""
         return self._cfg.learner.prefill if started.warm is None else started.warm.random_steps
 
-    def _launch_actor(self, index: int, life: int, prefill: int) -> None:
+    # --- parts, at the start and after a failure ---------------------------------------------------
+
+    def _failed(self, name: str, error: Exception) -> None:
+        self._counters.restarts += 1
+        self._warn(f"{name} failed and is started anew: {first_words(error)}")
+
+    def _make_actor(self, index: int) -> Proxy:
+        """Every life is another: its layouts and its noise were never seen before."""
+        life, prefill = self._counters.env_steps, self._prefill
+        if index in self._lives:
+            life, prefill = self._lives[index] + 1 + life, 0
         self._lives[index] = life
-        self._actors[index] = self._workers.actor(index, life, prefill)
-        self._submit(f"actor{index}", self._actors[index].call("start"), lambda _: self._act(index))
+        return self._workers.actor(index, life, prefill)
+
+    def _begin_actor(self, name: str) -> None:
+        self._parts.call(name, "start", then=lambda _: self._act(name))
+
+    def _begin_replay(self) -> None:
+        self._parts.call(REPLAY, "start", then=self._replay_started)
+
+    def _replay_started(self, messages: list[str]) -> None:
+        for message in messages:
+            self._warn(message)
+        if self._replay_ready:
+            counters = self._counters
+            lost = counters.agent_steps - self._saver.agent_steps
+            counters.lost_steps += lost
+            self._saver.agent_steps = counters.agent_steps  # what is lost is not lost once more
+            self._warn(f"replay goes on from its checkpoint: at most {lost} agent steps are lost")
+        self._saver.interrupted()
+        self._replay_ready, self._replay_traffic = True, None
+
+    def _begin_learner(self) -> None:
+        self._saver.interrupted()
+        self._episodes[:0], self._shown = self._shown, []
+        self._parts.call(LEARNER, "start", self._resume, then=self._learner_started)
+        self._resume = True
+
+    def _learner_started(self, started: Started) -> None:
+        for warning in started.warnings:
+            self._warn(f"checkpoint passed over: {warning}")
+        if self._started is not None:
+            counters = self._counters
+            own = 0 if started.meta is None else started.meta["updates"]
+            lost = counters.updates - counters.lost_updates - own
+            counters.lost_updates += lost
+            self._warn(f"the learner goes on from its update {own}: {lost} are lost")
+            self._learn()
+        self._started = started
+
+    def _begin_evaluator(self) -> None:
+        if self._evaluating and self._acting:
+            self._evaluate()
 
     # --- loop -------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
         while self._counters.env_steps < self._cfg.env_steps and self._signal is None:
-            self._handle_completed(_TICK_SECONDS)
+            self._step()
             self._update_status()
             now = time.monotonic()
             if now - self._logged_at >= self._cfg.logging.every_seconds:
                 self._log_row()
-            if now - self._saved_at >= self._cfg.checkpoint.every_seconds and not self._saving:
-                self._save()
+            self._saver.save_if_due()
+            if now - self._looked_at >= _LOOK_SECONDS and not self._parts.busy({REPLAY}):
+                self._looked_at = now
+                self._parts.call(REPLAY, "info", then=self._looked_at_replay)
             if self._evaluation_is_due():
                 self._evaluate()
 
-    def _handle_completed(self, timeout: float) -> None:
+    def _step(self) -> None:
         self._leave_if_told()
-        done, _ = wait(self._pending, timeout, FIRST_COMPLETED)
-        if not self._pending:
-            time.sleep(timeout)
-        for future in done:
-            name, handler = self._pending.pop(future)
-            try:
-                result = future.result()
-            except Exception as error:
-                if not name.startswith("actor"):
-                    raise
-                self._replace_actor(int(name.removeprefix("actor")), error)
-            else:
-                handler(result)
+        self._parts.step()
 
-    def _submit(self, name: str, future: Future[Any], handler: Callable[[Any], Any]) -> None:
-        self._pending[future] = (name, handler)
-
-    def _act(self, index: int) -> None:
+    def _act(self, name: str) -> None:
         remaining = self._cfg.env_steps - self._counters.env_steps
         if not self._acting or remaining <= 0:
             return
         share = max(1, remaining // len(self._actors))
-        future = self._actors[index].call("run", self._cfg.actors.slice_seconds, share)
-        self._submit(f"actor{index}", future, lambda report: self._acted(index, report))
+        self._call_slice(name, share, then=lambda report: self._acted(name, report))
 
-    def _acted(self, index: int, report: RolloutReport) -> None:
+    def _call_slice(self, name: str, *args: Any, then: Callable[[Any], None]) -> None:
+        seconds = self._cfg.actors.slice_seconds
+        patience = seconds + self._cfg.supervision.grace_seconds
+        self._parts.call(name, "run", seconds, *args, then=then, patience=patience)
+
+    def _acted(self, name: str, report: RolloutReport) -> None:
         counters = self._counters
         counters.env_steps += report.env_steps
         counters.agent_steps += report.agent_steps
         if report.env_steps:
-            self._failures[index] = 0
+            self._parts.progressed(name)
         self._episodes += report.episodes
         self._status.episodes.extend(report.episodes)
         for episode in report.episodes:
@@ -236,41 +272,34 @@ class Driver:
         self._rows.mean({"time/actors_waiting": report.waited_seconds / max(report.seconds, 1e-9)})
         if report.version:
             self._rows.mean({"replay/staleness": max(0, self._version - report.version)})
-        self._act(index)
-
-    def _replace_actor(self, index: int, error: Exception) -> None:
-        """Starts a failed actor anew: a fresh stream, the others never stop."""
-        if not self._acting:
-            self._warn(f"actor {index} failed at the end: {_first_words(error)}")
-            return
-        self._failures[index] = self._failures.get(index, 0) + 1
-        if self._failures[index] > _MAX_FAILURES:
-            raise UserError(
-                f"actor {index} failed {_MAX_FAILURES + 1} times in a row: {_first_words(error)}"
-            ) from error
-        self._counters.restarts += 1
-        self._warn(f"actor {index} failed and is restarted: {_first_words(error)}")
-        self._rows.count("time/restarts")
-        self._launch_actor(index, self._lives[index] + 1 + self._counters.env_steps, 0)
+        self._act(name)
 
     def _learn(self) -> None:
-        if self._stopping:
+        if not self._learning:
             return
-        episodes, self._episodes = self._episodes, []
-        seconds, env_steps = self._cfg.actors.slice_seconds, self._counters.env_steps
-        future = self._workers.learner.call("run", seconds, episodes, env_steps)
-        self._submit("learner", future, self._learned)
+        self._shown, self._episodes = self._episodes, []
+        self._call_slice(LEARNER, self._shown, self._counters.env_steps, then=self._learned)
 
     def _learned(self, report: LearnerReport) -> None:
+        self._shown = []
         self._counters.replayed_steps += report.replayed_steps
-        self._counters.updates = report.updates
+        self._counters.updates = report.updates + self._counters.lost_updates
         self._version = report.version
+        if report.replayed_steps:
+            self._parts.progressed(LEARNER)
         self._rows.mean(report.metrics)
         self._rows.mean({"time/learner_waiting": report.waited_seconds / max(report.seconds, 1e-9)})
         if "safety/multiplier" in report.metrics:
             self._status.multiplier = report.metrics["safety/multiplier"]
             self._rows.last({"safety/multiplier": report.metrics["safety/multiplier"]})
         self._learn()
+
+    def _looked_at_replay(self, info: ReplayInfo) -> None:
+        self._rows.last({"replay/size": info.size})
+        traffic = info.inserted + info.sampled
+        if self._replay_traffic is not None and traffic > self._replay_traffic:
+            self._parts.progressed(REPLAY)
+        self._replay_traffic = traffic
 
     # --- evaluation, checkpoints, rows ------------------------------------------------------------
 
@@ -283,13 +312,19 @@ class Driver:
     def _evaluate(self) -> None:
         self._evaluating = True
         at = self._counters.env_steps
-        future = self._workers.evaluator.call("evaluate", self._cfg.evaluation.episodes)
-        self._submit("evaluator", future, lambda results: self._evaluated(at, results))
+        self._parts.call(
+            EVALUATOR,
+            "evaluate",
+            self._cfg.evaluation.episodes,
+            then=lambda results: self._evaluated(at, results),
+            patience=math.inf,  # bounded by its episodes, and nobody waits for it
+        )
 
     def _evaluated(self, env_steps: int, results: list[EpisodeResult] | None) -> dict[str, float] | None:
         self._evaluating = False
         if not results:
             return None
+        self._parts.progressed(EVALUATOR)
         self._counters.evaluated_at = env_steps
         summary = summarize_episodes(results)
         self._record("evaluation", summary, env_steps=env_steps)
@@ -304,19 +339,9 @@ class Driver:
         )
         return summary
 
-    def _save(self) -> None:
-        """Saves learner and replay without holding up the loop."""
-        self._saving, self._saved_at = True, time.monotonic()
-        self._submit("learner", self._workers.learner.call("save", self._meta()), self._saved_learner)
-
-    def _saved_learner(self, _: Any) -> None:
-        if not self._cfg.replay.checkpoint:
-            self._saving = False
-            return
-        self._submit("replay", self._workers.replay.call("checkpoint"), self._saved_replay)
-
-    def _saved_replay(self, _: Any) -> None:
-        self._saving = False
+    def _not_saved(self, why: str) -> None:
+        self._rows.count("time/failed_saves")
+        self._warn(f"training goes on without a checkpoint, the next is tried in time: {why}")
 
     def _meta(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -336,17 +361,19 @@ class Driver:
             "time/updates_per_second": self._status.updates_per_second,
             "replay/train_ratio": self._train_ratio,
             "train/updates": self._counters.updates,
+            "train/lost_updates": self._counters.lost_updates,
+            "replay/lost_steps": self._counters.lost_steps,
+            "time/restarts": self._counters.restarts,
         }
         row = self._rows.pop()
         self._status.actors_waiting = row.get("time/actors_waiting", self._status.actors_waiting)
         self._status.learner_waiting = row.get("time/learner_waiting", self._status.learner_waiting)
         self._status.staleness = row.get("replay/staleness", self._status.staleness)
-        self._record("write", rates | row)
+        self._record("write", rates | self._parts.metrics() | row)
 
     def _record(self, method: str, value: Any, env_steps: int | None = None) -> None:
-        assert self._metrics is not None
-        at = self._counters.env_steps if env_steps is None else env_steps
-        self._submit("metrics", self._metrics.call(method, at, value), lambda _: None)
+        assert self._journal is not None
+        self._journal.record(method, self._counters.env_steps if env_steps is None else env_steps, value)
 
     def _update_status(self) -> None:
         status, counters, now = self._status, self._counters, time.monotonic()
@@ -361,6 +388,7 @@ class Driver:
         status.env_steps, status.updates = counters.env_steps, counters.updates
         status.version = self._version or None
         status.train_ratio = self._train_ratio
+        status.down = self._parts.down()
         if self._acting:
             status.phase = "training" if counters.updates else "prefill"
 
@@ -376,85 +404,98 @@ class Driver:
 
     def _finish(self) -> dict[str, float] | None:
         self._status.phase = "saving"
-        actors = {f"actor{index}" for index in self._actors}
         self._acting = False
-        self._drain(actors)
+        self._parts.retire(self._actors)
+        self._drain(set(self._actors))
         # The learner goes on meanwhile: the rate limiter may still hold the actors' last windows back.
-        for index, proxy in self._actors.items():
-            self._submit(f"actor{index}", proxy.call("finish"), lambda _: None)
-        self._drain(actors)
-        self._stopping = True
-        self._drain({"learner", "replay"})
+        for name in self._actors:
+            self._parts.call(name, "finish")
+        self._drain(set(self._actors))
+        self._learning = False
+        self._drain({LEARNER, REPLAY})
         self._hand_over_last_episodes()
         if self._signal is None:
             # The final evaluation stands for the periodic one that would be due at once after a resume.
             self._counters.evaluated_at = self._counters.env_steps
-        self._await_all([self._workers.learner.call("save", self._meta())])
+        self._ask(LEARNER, "save", self._meta(), patience=SAVE_SECONDS)
         if self._cfg.replay.checkpoint:
-            self._await_all([self._workers.replay.call("checkpoint")])
+            self._ask(REPLAY, "checkpoint", patience=SAVE_REPLAY_SECONDS)
         self._update_status()
         self._log_row()
         summary = None
         if self._signal is None:
             summary = self._final_evaluation()
-        self._drain({"metrics"})
-        assert self._metrics is not None
-        self._await_all([self._metrics.call("close")])
+        self._drain({METRICS})
+        self._ask(METRICS, "close")
         self._status.phase = "done" if summary else "stopped"
         return summary
 
     def _hand_over_last_episodes(self) -> None:
         """Episodes of the last slices still move the multiplier, before it is saved."""
         episodes, self._episodes = self._episodes, []
-        self._await_all([self._workers.learner.call("run", 0.0, episodes, self._counters.env_steps)])
+        self._ask(LEARNER, "run", 0.0, episodes, self._counters.env_steps)
 
     def _final_evaluation(self) -> dict[str, float] | None:
         self._status.phase = "evaluating"
-        self._drain({"evaluator"})
-        self._await_all([self._workers.learner.call("publish")])
-        future = self._workers.evaluator.call("evaluate", self._cfg.evaluation.final_episodes)
-        while not future.done() and self._signal is None:
-            wait([future], _TICK_SECONDS)
-        return self._evaluated(self._counters.env_steps, future.result()) if self._signal is None else None
+        self._drain({EVALUATOR})
+        self._ask(LEARNER, "publish")
+        results = self._parts.ask(
+            EVALUATOR,
+            "evaluate",
+            self._cfg.evaluation.final_episodes,
+            patience=math.inf,
+            unless=lambda: self._signal is not None,
+        )
+        return self._evaluated(self._counters.env_steps, results)
 
     def _drain(self, names: set[str]) -> None:
         """Handles what is in flight of these parts. Bounded: a part that hangs is left behind."""
         deadline = time.monotonic() + _SLICE_END_SECONDS
-        if "evaluator" in names:
+        if EVALUATOR in names:
             deadline = math.inf  # an evaluation is bounded by its episodes
-        while any(name in names for name, _ in self._pending.values()):
-            if time.monotonic() > deadline or ("evaluator" in names and self._signal is not None):
+        while self._parts.busy(names):
+            if time.monotonic() > deadline or (EVALUATOR in names and self._signal is not None):
                 logger.warning("did not wait any longer for %s", ", ".join(sorted(names)))
                 return
-            self._handle_completed(_TICK_SECONDS)
+            self._step()
 
     def _save_what_can_be_saved(self) -> None:
-        """After an error: a last checkpoint, unless the learner itself is what failed."""
+        """After an error: a last checkpoint, unless a part that it needs is what failed."""
         self._status.phase = "saving"
         try:
-            self._await_all([self._workers.learner.call("save", self._meta())])
+            self._last_call(LEARNER, "save", self._meta(), seconds=SAVE_SECONDS)
             if self._cfg.replay.checkpoint:
-                self._await_all([self._workers.replay.call("checkpoint")])
+                self._last_call(REPLAY, "checkpoint", seconds=SAVE_REPLAY_SECONDS)
         except Exception as error:
-            logger.warning("no last checkpoint could be written: %s", _first_words(error))
-        assert self._metrics is not None
-        wait([self._metrics.call("close")], _SLICE_END_SECONDS)
+            logger.warning("no last checkpoint could be written: %s", first_words(error))
+        metrics = self._parts.proxy(METRICS)
+        if metrics is not None:
+            wait([metrics.call("close")], _SLICE_END_SECONDS)
 
-    def _await(self, future: Future[Any]) -> Any:
-        """Waits for one result; a signal meanwhile ends the run at once, for nothing has begun."""
-        while True:
-            done, _ = wait([future], _TICK_SECONDS)
-            if done:
-                return future.result()
-            if self._signal is not None:
-                raise Interrupted(self._signal)
+    def _last_call(self, name: str, method: str, *args: Any, seconds: float) -> None:
+        """One call of a part that nobody starts anew any more."""
+        proxy = self._parts.proxy(name)
+        if proxy is None:
+            raise RuntimeError(f"{name} is down")
+        future: Future[Any] = proxy.call(method, *args)
+        deadline = time.monotonic() + seconds
+        while not future.done() and time.monotonic() < deadline:
+            self._leave_if_told()
+            wait([future], TICK_SECONDS)
+        future.result(0)
 
-    def _await_all(self, futures: list[Future[Any]]) -> None:
-        for future in futures:
-            while not future.done():
-                self._leave_if_told()
-                wait([future], _TICK_SECONDS)
-            future.result()
+    def _ask(self, name: str, method: str, *args: Any, patience: float | None = None) -> Any:
+        return self._parts.ask(name, method, *args, patience=patience, unless=self._leave_if_told)
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        """Waits; a signal meanwhile ends the run at once, for nothing has begun."""
+        while not condition():
+            self._interrupted()
+            self._parts.step()
+
+    def _interrupted(self) -> None:
+        if self._signal is not None:
+            raise Interrupted(self._signal)
 
     def _leave_if_told(self) -> None:
         if self._leaving is not None:
@@ -480,10 +521,6 @@ class Driver:
         )
 
 
-def _first_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or repr(error)
-
-
-def exit_code(outcome: Outcome) -> int:
-    """0 for a completed run, 128 + signal for an interrupted one."""
-    return 0 if outcome.signal is None else 128 + outcome.signal
+def actor_name(index: int) -> str:
+    """Of an actor, as a part of a run."""
+    return f"actor {index}"

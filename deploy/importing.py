@@ -15,7 +15,7 @@ from common import config as configuration
 from common.config import Config
 from common.types import VECTOR, EnvSpec, UserError
 from deploy import wiring
-from deploy.driver import Counters
+from deploy.outcome import Counters
 from learner import reference_sizes
 from learner.codec import image_keys
 from learner.reference_checkpoint import ReferenceCheckpoint, read

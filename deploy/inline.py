@@ -17,6 +17,7 @@ from deploy import run_dir as runs
 from deploy.weights import Holder
 from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
 from replay.process import spawn_server
+from replay.server import free_port
 
 
 class ThreadProxy:
@@ -40,12 +41,10 @@ class ThreadProxy:
         self._executor.shutdown(wait=True)
 
 
-class InlineWorkers:
-    """The `deploy.driver.Workers` of one process. Raises UserError when replay cannot start."""
+class _Replay:
+    """A replay server as a child process, with the calls that the driver makes."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path):
-        self._cfg, self._spec, self._run = cfg, spec, run
-        self._holder = Holder()
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, port: int):
         self._server = spawn_server(
             replay_spec(spec),
             cfg.replay,
@@ -54,35 +53,54 @@ class InlineWorkers:
             batch_size=cfg.learner.batch_size,
             min_steps=cfg.learner.prefill,
             streams=cfg.actors.count * cfg.actors.envs,
+            port=port,
             checkpoint_dir=run / runs.REPLAY,
             log=run / runs.REPLAY_LOG,
         )
-        self.messages = self._server.messages
-        address = self._address = f"localhost:{self._server.port}"
-        put = self._holder.put
-        self.replay = ThreadProxy("replay", lambda: self._server)
-        self.learner = ThreadProxy("learner", lambda: LearnerWorker(cfg, spec, run, put, address))
-        self.evaluator = ThreadProxy("evaluator", lambda: EvaluatorWorker(cfg, spec, self._holder))
-        self._actors: dict[int, ThreadProxy] = {}
-        self._metrics: ThreadProxy | None = None
+        self.checkpoint, self.info = self._server.checkpoint, self._server.info
+        self.close = self._server.stop
+
+    def start(self) -> list[str]:
+        """Sentences about damaged checkpoints."""
+        return self._server.messages
+
+
+class InlineWorkers:
+    """The `deploy.driver.Workers` of one process."""
+
+    watched = False  # nothing can end a thread that hangs, and whoever debugs one shall have time
+
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path):
+        self._cfg, self._spec, self._run = cfg, spec, run
+        self._holder = Holder()
+        self._port = cfg.replay.port or free_port()
+        self._address = f"localhost:{self._port}"
+        self._proxies: dict[str, ThreadProxy] = {}
+
+    def replay(self) -> ThreadProxy:
+        return self._start("replay", lambda: _Replay(self._cfg, self._spec, self._run, self._port))
+
+    def learner(self) -> ThreadProxy:
+        arguments = (self._cfg, self._spec, self._run, self._holder, self._address)
+        return self._start("learner", lambda: LearnerWorker(*arguments))
+
+    def evaluator(self) -> ThreadProxy:
+        return self._start("evaluator", lambda: EvaluatorWorker(self._cfg, self._spec, self._holder))
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> ThreadProxy:
-        logging_cfg = self._cfg.logging
-        make = lambda: MetricsWriter(self._run, logging_cfg, cfg, resume_env_steps)  # noqa: E731
-        self._metrics = ThreadProxy("metrics", make)
-        return self._metrics
+        arguments = (self._run, self._cfg.logging, cfg, resume_env_steps)
+        return self._start("metrics", lambda: MetricsWriter(*arguments))
 
     def actor(self, index: int, life: int, prefill: int) -> ThreadProxy:
-        """Starts an actor; one of the same number has failed, and what is left of it goes."""
-        if index in self._actors:
-            self._actors.pop(index).close()
         arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill)
-        self._actors[index] = ThreadProxy(f"actor{index}", lambda: ActorWorker(*arguments))
-        return self._actors[index]
+        return self._start(f"actor{index}", lambda: ActorWorker(*arguments))
 
     def close(self) -> None:
-        parts = [*self._actors.values(), self.evaluator, self.learner, self._metrics]
-        for proxy in parts:
-            if proxy is not None:
-                proxy.close()
-        self._server.stop()
+        for name in reversed(self._proxies):  # the replay server last: it was started first
+            self._proxies[name].close()
+
+    def _start(self, name: str, make: Callable[[], Any]) -> ThreadProxy:
+        if name in self._proxies:
+            self._proxies[name].close()
+        self._proxies[name] = ThreadProxy(name, make)
+        return self._proxies[name]

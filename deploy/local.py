@@ -19,10 +19,9 @@ from deploy import run_dir as runs
 from deploy import signals
 from deploy.weights import Holder, RayHolder
 from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
-from replay.server import ReplayServer
+from replay.server import ReplayInfo, ReplayServer, free_port
 
 _ROOT = Path(__file__).resolve().parent.parent
-_READY_SECONDS = 600.0  # restoring a large replay buffer takes minutes
 _STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
 
 # Actors share the machine with the learner, and small policies gain nothing from more threads.
@@ -52,7 +51,7 @@ class RayProxy:
 class _Replay:
     """A replay server in a process of its own; what Reverb says goes to a file, not across the view."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, directory: Path, log: Path):
+    def __init__(self, cfg: Config, spec: EnvSpec, directory: Path, log: Path, port: int):
         with open(log, "a") as file:
             os.dup2(file.fileno(), 2)
         self._server = ReplayServer(
@@ -63,20 +62,24 @@ class _Replay:
             batch_size=cfg.learner.batch_size,
             min_steps=cfg.learner.prefill,
             streams=cfg.actors.count * cfg.actors.envs,
+            port=port,
             checkpoint_dir=directory,
         )
 
-    def where(self) -> tuple[str, list[str]]:
-        """Its address, and sentences about damaged checkpoints."""
-        return f"{ray.util.get_node_ip_address()}:{self._server.port}", self._server.messages
+    def start(self) -> list[str]:
+        """Sentences about damaged checkpoints, once it serves."""
+        return self._server.messages
 
     def checkpoint(self) -> Path:
         return self._server.checkpoint()
 
+    def info(self) -> ReplayInfo:
+        return self._server.info()
+
 
 class _Learner(LearnerWorker):
     def __init__(self, cfg: Config, spec: EnvSpec, run: Path, holder: Any, address: str):
-        super().__init__(cfg, spec, run, RayHolder(holder).put, address)
+        super().__init__(cfg, spec, run, RayHolder(holder), address)
 
 
 class _Actor(ActorWorker):
@@ -92,58 +95,62 @@ class _Evaluator(EvaluatorWorker):
 class RayWorkers:
     """The `deploy.driver.Workers` under Ray: starts a Ray of its own unless one is running in this process.
 
-    Raises UserError when Ray or the replay server cannot start.
+    Raises UserError when Ray cannot start.
     """
+
+    watched = True
 
     def __init__(self, cfg: Config, spec: EnvSpec, run: Path):
         self._cfg, self._spec, self._run = cfg, spec, run
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             start_ray()
-        self._handles: list[Any] = []
-        self._actors: dict[int, Any] = {}
-        try:
-            self._holder = self._start(Holder)
-            log = run / runs.REPLAY_LOG
-            self.replay = RayProxy(self._start(_Replay, cfg, spec, run / runs.REPLAY, log, env=_ON_CPU))
-            self._address, self.messages = self.replay.call("where").result(_READY_SECONDS)
-            arguments = (cfg, spec, run, self._holder, self._address)
-            self.learner = RayProxy(self._start(_Learner, *arguments, gpu=_gpus()))
-            self.evaluator = RayProxy(
-                self._start(_Evaluator, cfg, spec, self._holder, env=_ON_CPU | _ONE_THREAD)
-            )
-        except BaseException:
-            self.close()
-            raise
+        self._handles: dict[str, Any] = {}
+        self._port = cfg.replay.port or free_port()
+        self._address = f"{ray.util.get_node_ip_address()}:{self._port}"
+        # What it holds comes back with the next version: Ray may restart it by itself.
+        self._holder = self._start("holder", Holder, max_restarts=-1)
+
+    def replay(self) -> RayProxy:
+        arguments = (self._cfg, self._spec, self._run / runs.REPLAY, self._run / runs.REPLAY_LOG, self._port)
+        return RayProxy(self._start("replay", _Replay, *arguments, env=_ON_CPU))
+
+    def learner(self) -> RayProxy:
+        arguments = (self._cfg, self._spec, self._run, self._holder, self._address)
+        return RayProxy(self._start("learner", _Learner, *arguments, num_gpus=_gpus()))
+
+    def evaluator(self) -> RayProxy:
+        arguments = (self._cfg, self._spec, self._holder)
+        return RayProxy(self._start("evaluator", _Evaluator, *arguments, env=_ON_CPU | _ONE_THREAD))
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> RayProxy:
-        return RayProxy(self._start(MetricsWriter, self._run, self._cfg.logging, cfg, resume_env_steps))
+        arguments = (self._run, self._cfg.logging, cfg, resume_env_steps)
+        return RayProxy(self._start("metrics", MetricsWriter, *arguments))
 
     def actor(self, index: int, life: int, prefill: int) -> RayProxy:
-        """Starts an actor; one of the same number has failed, and what is left of it goes."""
-        if index in self._actors:
-            self._end(self._actors.pop(index))
         arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill)
-        self._actors[index] = self._start(_Actor, *arguments, env=_ON_CPU | _ONE_THREAD)
-        return RayProxy(self._actors[index])
+        return RayProxy(self._start(f"actor{index}", _Actor, *arguments, env=_ON_CPU | _ONE_THREAD))
 
     def close(self) -> None:
-        for handle in list(self._handles):
-            self._end(handle)
+        for name in list(self._handles):
+            self._end(name)
         if self._owns_ray:
             ray.shutdown()
 
-    def _end(self, handle: Any) -> None:
-        self._handles.remove(handle)
-        with contextlib.suppress(Exception):
-            ray.kill(handle)
-
-    def _start(self, part: type, *args: Any, env: dict[str, str] | None = None, gpu: float = 0) -> Any:
+    def _start(
+        self, name: str, part: type, *args: Any, env: dict[str, str] | None = None, **needs: Any
+    ) -> Any:
+        self._end(name)
         # CPUs are oversubscribed on purpose: the rate limiter shares them out better than Ray can.
-        remote = ray.remote(num_cpus=0, num_gpus=gpu)(part)
-        handle = remote.options(runtime_env={"env_vars": env or {}}).remote(*args)
-        self._handles.append(handle)
-        return handle
+        remote = ray.remote(part).options(num_cpus=0, runtime_env={"env_vars": env or {}}, **needs)
+        self._handles[name] = remote.remote(*args)
+        return self._handles[name]
+
+    def _end(self, name: str) -> None:
+        """Also of a part that hangs: Ray kills its process after a few seconds."""
+        if name in self._handles:
+            with contextlib.suppress(Exception):
+                ray.kill(self._handles.pop(name))
 
 
 def start_ray() -> None:
@@ -197,5 +204,9 @@ def _root_cause(error: BaseException) -> BaseException:
         _, user_error, sentence = text.rpartition(f"{UserError.__name__}: ")
         cause = UserError(sentence.strip()) if user_error else RuntimeError(text.rstrip().rpartition("\n")[2])
         cause.__cause__ = error
+        return cause
+    if isinstance(error, RayActorError):
+        cause = RuntimeError("its process has ended")
+        cause.__cause__ = error  # says all that Ray knows about it
         return cause
     return error

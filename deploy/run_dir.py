@@ -34,6 +34,7 @@ RESUMABLE = (
     "actors.slice_seconds",
     "evaluation",
     "checkpoint",
+    "supervision",
     "logging",
 )
 

@@ -15,7 +15,8 @@ from common.terminal import RunResult, TerminalView, print_result
 from common.types import EnvSpec, replay_spec
 from deploy import run_dir as runs
 from deploy import signals, warm_start, wiring
-from deploy.driver import Driver, Outcome, Workers
+from deploy.driver import Driver, Workers
+from deploy.outcome import Outcome
 from deploy.warm_start import WarmStart
 from replay.table import memory_ceiling, table_spec
 
@@ -76,8 +77,6 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
         _announce_memory(cfg, spec)
         workers = BACKENDS[cfg.backend](cfg, spec, run)
         try:
-            for message in workers.messages:
-                logger.warning(message)
             outcome = Driver(cfg, spec, run, workers, status).run(resume)
         finally:
             workers.close()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
 from common.types import Params
+
+logger = logging.getLogger(__name__)
+
+_PUT_SECONDS = 30.0
 
 
 class Holder:
@@ -28,6 +33,11 @@ class Holder:
         with self._lock:
             return self._newest if self._newest is not None and self._newest[0] > have else None
 
+    def version(self) -> int:
+        """The newest there is; 0 without any."""
+        with self._lock:
+            return 0 if self._newest is None else self._newest[0]
+
 
 class RayHolder:
     """`put`/`get` of a `Holder` in a Ray actor, usable from any process.
@@ -38,10 +48,24 @@ class RayHolder:
     def __init__(self, handle: Any):
         self._handle = handle
 
-    def put(self, version: int, params: Params) -> None:
+    def put(self, version: int, value: Params) -> None:
+        """A version that cannot be handed out now is left out: actors go on with what they have."""
         import ray
+        from ray.exceptions import RayError
 
-        ray.get(self._handle.put.remote(version, [ray.put(params)]))
+        try:
+            ray.get(self._handle.put.remote(version, [ray.put(value)]), timeout=_PUT_SECONDS)
+        except (RayError, TimeoutError) as error:
+            logger.warning("version %d of the parameters was not published: %s", version, error)
+
+    def version(self) -> int:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return ray.get(self._handle.version.remote(), timeout=_PUT_SECONDS)
+        except (RayError, TimeoutError):
+            return 0  # a holder that was just started anew
 
     def get(self, have: int) -> tuple[int, Params] | None:
         """None also when holder or learner do not answer: actors go on with what they have."""

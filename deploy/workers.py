@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from actors.evaluate import evaluate
 from actors.rollout import RolloutReport
 from common.config import Config
-from common.types import EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
+from common.types import Batch, EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
 from deploy import run_dir as runs
 from deploy import warm_start, wiring
 from deploy.warm_start import WarmStart
@@ -41,20 +41,35 @@ class Started:
     warm: WarmStart | None = None  # where it begins instead, if not untrained
 
 
+class ParamStore(Protocol):
+    """Where a learner puts its parameters."""
+
+    def put(self, version: int, value: Params) -> None: ...
+
+    def version(self) -> int:
+        """The newest there is; 0 without any."""
+        ...
+
+
+def count_mixed(batch: Batch) -> int:
+    """Windows of a batch [B, T, ...] that are not one stream: an episode begins where none has ended."""
+    return int((batch["is_first"][:, 1:] != batch["is_last"][:, :-1]).any(1).sum())
+
+
 class LearnerWorker:
     """Learner and sampler in one process."""
 
-    def __init__(
-        self, cfg: Config, spec: EnvSpec, run: Path, publish: Callable[[int, Params], None], address: str
-    ):
-        self._cfg, self._spec, self._address = cfg, spec, address
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, store: ParamStore, address: str):
+        self._cfg, self._spec, self._address, self._store = cfg, spec, address, store
         self._run_dir, self._checkpoints = run, run / runs.CHECKPOINTS
         self._sampler: BatchSampler | None = None
-        self._learner = Learner(wiring.train_step(cfg, spec), self._next_batch, publish, run)
+        self._mixed = 0
+        self._learner = Learner(wiring.train_step(cfg, spec), self._next_batch, store.put, run)
 
     def start(self, resume: bool) -> Started:
         """Restores, compiles, publishes the first version. Call it once, before anything else."""
         restored = self._learner.restore(self._checkpoints) if resume else None
+        self._learner.number_versions_from(self._store.version())
         warm = warm_start.read(self._run_dir) if restored is None else None
         if warm is not None:
             self._learner.begin_from(warm.checkpoint)
@@ -71,7 +86,9 @@ class LearnerWorker:
         return Started(meta, seconds, jax.default_backend(), skipped, warm)
 
     def run(self, seconds: float, episodes: Sequence[EpisodeResult], env_steps: int) -> LearnerReport:
-        return self._learner.run(seconds, episodes, env_steps)
+        report = self._learner.run(seconds, episodes, env_steps)
+        report.metrics["replay/mixed"] = self._mixed
+        return report
 
     def save(self, meta: dict[str, Any]) -> None:
         self._learner.save(self._checkpoints, meta)
@@ -85,7 +102,10 @@ class LearnerWorker:
 
     def _next_batch(self, timeout: float) -> Any:
         assert self._sampler is not None
-        return self._sampler.next(timeout)
+        batch = self._sampler.next(timeout)
+        if batch is not None:
+            self._mixed += count_mixed(batch)
+        return batch
 
 
 class ActorWorker:

@@ -79,6 +79,10 @@ class Learner:
         self._publish_to(self._version, jax.device_get(self._train.acting(self._state)))
         return self._version
 
+    def number_versions_from(self, version: int) -> None:
+        """Versions to come are newer than `version`, which an earlier life of this learner handed out."""
+        self._version = max(self._version, version)
+
     def run(
         self, seconds: float, episodes: Iterable[EpisodeResult] = (), env_steps: int = 0
     ) -> LearnerReport:

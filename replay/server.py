@@ -15,7 +15,7 @@ from replay import backend
 from replay.storage import CheckpointStore
 from replay.table import table_spec
 
-_PORT_SECONDS = 10.0  # how long a predecessor that was just killed may hold the port
+_PORT_SECONDS = 30.0  # how long a predecessor that was just killed may hold the port
 
 
 @dataclass(frozen=True)

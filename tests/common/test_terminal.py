@@ -88,6 +88,15 @@ def test_a_short_terminal_keeps_what_matters_most():
     assert "evaluation" not in text
 
 
+def test_who_is_down_and_for_how_long_is_shown_everywhere():
+    status = busy()
+    status.down = {"actor 1": 3.2, "replay": 12.0}
+    expected = "down: actor 1 for 3 s, replay for 12 s"
+    assert expected in "\n".join(rendered(status, 60, 14))
+    assert expected in status_line(status)
+    assert "down" not in status_line(busy())
+
+
 def test_an_unknown_value_is_not_shown():
     text = "\n".join(rendered(fresh(), 100, 40))
     assert not re.search(r"multiplier|waiting|version|None|\bnan\b", text)

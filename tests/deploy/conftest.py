@@ -61,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[...,
 def meta_of(cfg: Config, env_steps: int) -> dict[str, Any]:
     """What the driver tells a checkpoint."""
     from common.config import to_dict
-    from deploy.driver import Counters
+    from deploy.outcome import Counters
 
     counters = Counters(env_steps=env_steps, agent_steps=env_steps // cfg.env.action_repeat)
     return {"env_steps": env_steps, "counters": dataclasses.asdict(counters), "config": to_dict(cfg)}

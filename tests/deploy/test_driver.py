@@ -7,126 +7,30 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actors.rollout import RolloutReport
-from common.config import Config, from_dict
-from common.status import Status
-from common.types import ArraySpec, EnvSpec, EpisodeResult, UserError
+from common.types import EpisodeResult, UserError
 from deploy import driver as driver_module
-from deploy.driver import Driver, Outcome, exit_code
+from deploy.outcome import exit_code
 from deploy.signals import ENDING, Interrupted
-from deploy.workers import Started
 from learner.learner import LearnerReport
-
-SPEC = EnvSpec("Fake", {"vector": ArraySpec((1,))}, 1, 5, 100)
-SLICE = 30  # env steps that a fake actor reports per slice
-BATCH_STEPS = 8  # agent steps per fake update
-
-
-def config(**changes: Any) -> Config:
-    values = {
-        "env_steps": 300,
-        "actors": {"count": 2, "slice_seconds": 0.01},
-        "learner": {"batch_size": 2, "batch_length": 4, "prefill": 11},
-        "evaluation": {"every": 0, "episodes": 3, "final_episodes": 4},
-        "logging": {"every_seconds": 0.02},
-    }
-    return from_dict(values | changes, "test")
-
-
-def episode(number: int, source: str = "actor0/env0") -> EpisodeResult:
-    return EpisodeResult(float(number), 2.0, 100, 1, source)
-
-
-def evaluation(episodes: int) -> list[EpisodeResult]:
-    return [episode(5, f"eval/env{i}") for i in range(episodes)]
-
-
-def in_a_while(result: Any, seconds: float = 0.1) -> Future[Any]:
-    future: Future[Any] = Future()
-    if isinstance(result, BaseException):
-        threading.Timer(seconds, future.set_exception, [result]).start()
-    else:
-        threading.Timer(seconds, future.set_result, [result]).start()
-    return future
-
-
-class Part:
-    """Answers calls with what its behaviour returns (a value or a future) or raises."""
-
-    def __init__(self, name: str, workers: FakeWorkers):
-        self.name, self._workers = name, workers
-
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        self._workers.calls.append((self.name, method, args))
-        answer: Future[Any] = Future()
-        try:
-            result = self._workers.answer(self.name, method, args)
-        except Exception as error:
-            answer.set_exception(error)
-            return answer
-        if isinstance(result, Future):
-            return result
-        answer.set_result(result)
-        return answer
-
-
-class FakeWorkers:
-    """`calls` lists (part, method, arguments); `on` replaces a behaviour, e.g. on["actor0", "run"]."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-        self.calls: list[tuple[str, str, tuple]] = []
-        self.launched: list[tuple[int, int, int]] = []  # (index, life, prefill)
-        self.metrics_at: list[int | None] = []
-        self.on: dict[tuple[str, str], Callable[..., Any]] = {}
-        self.updates = 0
-        self.learner, self.evaluator, self.replay = (
-            Part(name, self) for name in ("learner", "evaluator", "replay")
-        )
-
-    def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> Part:
-        self.metrics_at.append(resume_env_steps)
-        return Part("metrics", self)
-
-    def actor(self, index: int, life: int, prefill: int) -> Part:
-        self.launched.append((index, life, prefill))
-        return Part(f"actor{index}", self)
-
-    def close(self) -> None: ...
-
-    def answer(self, name: str, method: str, args: tuple) -> Any:
-        custom = self.on.get((name, method)) or self.on.get((name.rstrip("0123456789"), method))
-        if custom is not None:
-            return custom(*args)
-        kind = name.rstrip("0123456789")
-        return getattr(self, f"{kind}_{method}", lambda *args: None)(*args)
-
-    def learner_start(self, resume: bool) -> Started:
-        return Started(None, 0.5, "cpu")
-
-    def learner_run(self, seconds: float, episodes: list, env_steps: int) -> LearnerReport:
-        if seconds == 0:
-            return LearnerReport(updates=self.updates)
-        self.updates += 1
-        return LearnerReport(self.updates, BATCH_STEPS, 0.01, 0.0, self.updates)
-
-    def actor_run(self, seconds: float, max_env_steps: int) -> RolloutReport:
-        time.sleep(0.002)
-        return RolloutReport(env_steps=min(SLICE, max_env_steps), agent_steps=6, seconds=0.01, version=1)
-
-    def evaluator_evaluate(self, episodes: int) -> list[EpisodeResult]:
-        return evaluation(episodes)
-
-    def of(self, name: str, method: str) -> list[tuple]:
-        """Arguments of the calls of one method, in order."""
-        return [args for part, called, args in self.calls if (part, called) == (name, method)]
+from tests.deploy.fake_workers import (
+    BATCH_STEPS,
+    SLICE,
+    FakeWorkers,
+    config,
+    drive,
+    episode,
+    evaluation,
+    in_a_while,
+    resumed_from,
+    saved_meta,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -141,26 +45,12 @@ def workers() -> FakeWorkers:
     return FakeWorkers()
 
 
-def drive(workers: FakeWorkers, cfg: Config | None = None, resume: bool = False) -> Outcome:
-    cfg = cfg or config()
-    status = Status("fake", "Fake", "nano", 0, Path("nowhere"), cfg.env_steps)
-    return Driver(cfg, SPEC, Path("nowhere"), workers, status).run(resume)
-
-
 @pytest.fixture(autouse=True)
 def hangups_are_heard() -> Iterator[None]:
     """The tests may run under nohup, which has SIGHUP ignored, and the driver respects that."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
-
-
-def saved_meta(workers: FakeWorkers) -> dict[str, Any]:
-    return workers.of("learner", "save")[-1][0]
-
-
-def resumed_from(meta: dict[str, Any], updates: int = 7) -> Callable[[bool], Started]:
-    return lambda resume: Started(meta | {"updates": updates, "version": 3}, 0.0, "cpu")
 
 
 def test_a_run_counts_saves_and_evaluates_once_at_its_end(workers):
@@ -272,7 +162,7 @@ def test_a_failing_actor_is_started_anew_and_the_others_go_on(workers):
         return workers.actor_run(seconds, share)
 
     workers.on["actor1", "run"] = run
-    outcome = drive(workers)
+    outcome = drive(workers, config(env_steps=3_000))
     assert outcome.counters.restarts == 2
     assert [index for index, _, _ in workers.launched] == [0, 1, 1, 1]
     lives = [life for index, life, _ in workers.launched if index == 1]
@@ -302,7 +192,7 @@ def test_failures_count_in_a_row_only(workers):
         return workers.actor_run(seconds, share)
 
     workers.on["actor1", "run"] = run
-    assert drive(workers, config(env_steps=1000)).counters.restarts > 4
+    assert drive(workers, config(env_steps=5_000)).counters.restarts > 4
 
 
 def test_an_actor_that_fails_at_the_end_ends_nothing(workers):
@@ -389,7 +279,7 @@ def test_a_signal_while_the_learner_compiles_leaves_at_once(workers):
     workers.on["learner", "start"] = start
     with pytest.raises(Interrupted):
         drive(workers)
-    assert workers.calls == [("learner", "start", (False,))]
+    assert workers.calls == [("replay", "start", ()), ("learner", "start", (False,))]
 
 
 def test_a_part_that_hangs_at_the_end_is_left_behind(workers, monkeypatch):

@@ -24,7 +24,7 @@ from common.metrics import EPISODES, METRICS
 from common.sinks import read_jsonl
 from common.types import UserError
 from deploy import run_dir as runs
-from deploy.driver import Counters
+from deploy.outcome import Counters
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds, for a machine that does much else
