@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from common import memory
 from common.config import Config
 from common.metrics import MetricsWriter
 from common.types import EnvSpec, UserError, replay_spec
@@ -117,7 +118,7 @@ class RayWorkers:
 
     def learner(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run, self._holder, self._address)
-        return RayProxy(self._start("learner", _Learner, *arguments, num_gpus=_gpus()))
+        return RayProxy(self._start("learner", _Learner, *arguments, env=memory.KEEP_FREED, num_gpus=_gpus()))
 
     def evaluator(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._holder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from common import memory
 from common.config import Config
 from common.plots import plot_run
 from common.status import Status
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 def _inline(cfg: Config, spec: EnvSpec, run: Path) -> Workers:
     from deploy.inline import InlineWorkers
 
+    memory.keep_freed()
     return InlineWorkers(cfg, spec, run)
 
 

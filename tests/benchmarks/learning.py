@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from common import config as configuration
+from common import memory
 from common.config import Config
 from common.types import Batch, EnvSpec, replay_spec
 from deploy import wiring
@@ -42,6 +43,7 @@ def _batch(cfg: Config, spec: EnvSpec) -> Batch:
 
 def training() -> Iterator[Row]:
     """CPU time of a step; time of the first call."""
+    memory.keep_freed()  # as the learner's process does
     product = matmul()
     yield Row(
         "training", "matmul 1024^3", 1e3 * product.cpu, "ms CPU", note=f"{1e3 * product.wall:.1f} ms wall"
