@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.types import EpisodeResult, ParamSource, Policy, Step, VectorEnv, Writer
+from common.types import Array, Carry, EpisodeResult, Params, ParamSource, Policy, Step, VectorEnv, Writer
 
 _REFRESH_SECONDS = 0.25  # between two looks for newer parameters
 
@@ -78,13 +78,13 @@ class Rollout:
         random_steps: int = 0,
     ):
         self._env, self._policy, self._source, self._writers = env, policy, source, writers
-        self._act: Callable | None = None  # compiled for the structure of the first parameters
+        self._act = jax.jit(self._split_and_act)
         self._carry = policy.init(env.num_envs)
         self._key = jax.random.PRNGKey(seed)
         self._rng = np.random.default_rng(seed)
         self._random_left = random_steps
         self._version = 0
-        self._params: list[jax.Array] | None = None
+        self._params: Params | None = None
         self._looked = -float("inf")
         self._actions = np.zeros((env.num_envs, env.spec.action_size), np.float32)
         self._carry_is_stale = np.ones(env.num_envs, bool)
@@ -104,7 +104,6 @@ class Rollout:
             for name, spec in self._env.spec.obs.items()
         }
         first = np.ones(self._env.num_envs, bool)
-        assert self._act is not None
         jax.block_until_ready(self._act(self._params, self._carry, obs, first, self._key))
 
     def run(
@@ -147,11 +146,15 @@ class Rollout:
         # A policy that takes over from random actions begins as if at an episode's start.
         is_first = step.is_first | self._carry_is_stale
         self._carry_is_stale[:] = False
-        assert self._act is not None
         self._key, self._carry, actions, stats = self._act(
             self._params, self._carry, step.obs, is_first, self._key
         )
         return np.asarray(actions), stats
+
+    def _split_and_act(self, params: Params, carry: Carry, obs: dict, is_first: Array, key: Array) -> tuple:
+        """(next key, carry, actions, stats). A split outside would cost as much as a small policy itself."""
+        key, key_act = jax.random.split(key)
+        return key, *self._policy.act(params, carry, obs, is_first, key_act)
 
     def _write(self, step: Step, actions: np.ndarray) -> None:
         version = np.asarray(self._version, np.int32)
@@ -177,22 +180,7 @@ class Rollout:
         newer = self._source.get(self._version)
         if newer is not None:
             # One transfer per version; numpy parameters would be transferred at every decision.
-            self._version = newer[0]
-            self._params, structure = jax.tree.flatten(jax.device_put(newer[1]))
-            self._act = self._act or _on_leaves(self._policy, structure)
+            self._version, self._params = newer[0], jax.device_put(newer[1])
 
     def _waited(self) -> float:
         return sum(getattr(writer, "waited_seconds", 0.0) for writer in self._writers)
-
-
-def _on_leaves(policy: Policy, structure: Any) -> Callable:
-    """`act` compiled, (leaves, carry, obs, is_first, key) -> (next key, carry, actions, stats).
-
-    Taking a tree of modules apart and splitting a key outside cost as much as a small policy itself.
-    """
-
-    def act(leaves: list, carry: Any, obs: dict, is_first: jax.Array, key: jax.Array) -> tuple:
-        key, key_act = jax.random.split(key)
-        return key, *policy.act(jax.tree.unflatten(structure, leaves), carry, obs, is_first, key_act)
-
-    return jax.jit(act)
