@@ -1,9 +1,9 @@
 """An actor process by itself: CPU time per agent step, and where it goes.
 
-Environments, policy and writers are the real ones, the replay server is a child process whose limiter never
-holds. Environments are timed by the acting thread, the policy by all threads; the writers get all the rest, with
-Reverb's threads. What the policy computes is the time of many decisions compiled into one call; the difference
-to its own time is dispatch and transfers.
+Environments, policy and writers are the real ones, the replay server is a child process whose limiter
+never holds. Environments are timed by the acting thread, the policy by all threads; the writers get all
+the rest, with Reverb's threads. What the policy computes is the time of many decisions compiled into one
+call; the difference to its own time is dispatch and transfers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import psutil
 
+from actors.vector_env import SafetyVectorEnv
 from common import config as configuration
 from common.config import Config
 from common.types import EnvSpec, Policy, replay_spec
@@ -51,6 +52,9 @@ def run() -> Iterator[Row]:
         yield Row("acting", f"{method} dispatch, transfers, writer", overhead, "%", target)
         for name in PARTS:
             yield Row("acting", f"{method} {name}", 1e6 * parts[name], "us CPU")
+    for observation in ("coordinates", "vision"):
+        step = _child("environment", observation)["cpu"]
+        yield Row("acting", f"{observation} environment", 1e6 * step, "us CPU")
     for mode in ("lite", "full"):
         used = _child("import", mode)
         target = f"< {IMPORT_TARGET}" if mode == "lite" else ""
@@ -161,6 +165,16 @@ def _computing(policy: Policy, spec: EnvSpec, leaves: list[np.ndarray], envs: in
     return repeat(lambda: jax.block_until_ready(decisions(*arguments)), ROUNDS).cpu / (count * envs)
 
 
+def environment(observation: str) -> dict[str, float]:
+    """CPU-seconds per agent step of environments that are not followed by anything else."""
+    cfg = configuration.load(method="bsrp_lag", size="nano", task=TASK, observation=observation)
+    env = SafetyVectorEnv(TASK, observation, cfg.env.action_repeat, cfg.actors.envs, 0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (env.num_envs, env.spec.action_size))
+    each = repeat(lambda: env.step(actions.astype(np.float32)), 60)
+    env.close()
+    return {"cpu": each.cpu / env.num_envs}
+
+
 def _import(mode: backend.Mode) -> dict[str, float]:
     process, cpu = psutil.Process(), time.process_time()
     before = process.memory_info().rss
@@ -169,4 +183,6 @@ def _import(mode: backend.Mode) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"split": split, "import": _import}[sys.argv[1]](sys.argv[2])))  # pyright: ignore
+    measure: dict[str, Callable[[Any], dict[str, float]]]
+    measure = {"split": split, "environment": environment, "import": _import}
+    print(json.dumps(measure[sys.argv[1]](sys.argv[2])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,18 +31,13 @@ def run() -> Iterator[Row]:
     """Waiting share of training at nano size, then what a batch costs, also at the published sizes."""
     for observation in STEPS:
         for size in ("nano", "paper"):
-            cfg = _config(size, observation)
+            cfg = configuration.load(
+                method="bsrp_lag", size=size, task="SafetyPointGoal1-v0", observation=observation
+            )
             with _filled(cfg) as (spec, server, sampler):
                 yield from _cost(f"{size} {observation}", server, sampler, BATCHES[observation])
                 if size == "nano":
                     yield _training(cfg, spec, sampler, observation)
-
-
-def _config(size: str, observation: str) -> Config:
-    cfg = configuration.load(
-        method="bsrp_lag", size=size, task="SafetyPointGoal1-v0", observation=observation
-    )
-    return dataclasses.replace(cfg, env=dataclasses.replace(cfg.env, observation=observation))
 
 
 @contextmanager
@@ -56,7 +50,7 @@ def _filled(cfg: Config) -> Iterator[tuple[EnvSpec, ServerProcess, BatchSampler]
         batch_length=length,
         train_ratio=1e9,
         batch_size=cfg.learner.batch_size,
-        min_steps=steps // 2,
+        min_steps=steps,  # who writes must not wait for who reads
         streams=STREAMS,
     )
     sampler = None

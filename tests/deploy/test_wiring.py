@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, get_args, get_type_hints
-
 import pickle
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
