@@ -99,7 +99,8 @@ def split(method: str) -> dict[str, float]:
         policy = _timed(rollout, "_choose", time.process_time)
         rounds = []
         for _ in range(ROUNDS + 1):
-            environment.clear(), policy.clear()
+            environment.clear()
+            policy.clear()
             started, calls = time.process_time(), itertools.count()
             rollout.run(1e9, 10**9, lambda calls=calls: next(calls) >= DECISIONS[method])
             rounds.append((time.process_time() - started, sum(environment), sum(policy)))

@@ -161,13 +161,13 @@ def shared(load: Load) -> str:
 
 def _flops_rate(measured: dict[str, float]) -> float:
     """FLOP/s on one core, of the decision whose time was measured."""
-    cfg = configuration.load(method="osrp_vector", size="nano", task="SafetyPointGoal1-v0")
+    cfg = configuration.load(method="osrp_tracked", size="nano", task="SafetyPointGoal1-v0")
     spec = wiring.spec_of(cfg)
     train = wiring.train_step(cfg, spec)
     params = jax.eval_shape(lambda: train.acting(train.init(0)))
     policy = wiring.policy(cfg, spec, explore=True)
     work = count(policy.act, params, policy.init(1), *_observed(spec))
-    return work.flops / (1e-6 * measured["osrp_vector policy"])
+    return work.flops / (1e-6 * measured["osrp_tracked policy"])
 
 
 def main() -> None:
