@@ -37,7 +37,8 @@ def _run(actors: int) -> Iterator[Row]:
                 raise RuntimeError(f"{actors} actors were not done after {_TIMEOUT_SECONDS} s")
             for process, use in snapshot.uses.items():
                 peaks[process] = use.part, max(use.memory, peaks.get(process, (use.part, 0.0))[1])
-            if _rows(run):
+            rows = _rows(run)
+            if rows and rows[-1]["env_steps"] < ENV_STEPS:
                 steady.append(snapshot)
         rows = _rows(run)
     name = f"{actors} actor{'s' * (actors > 1)}"
@@ -73,7 +74,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 def _cores(snapshots: list[Snapshot]) -> dict[str, list[float]]:
     """CPU-seconds per second of every process that lives through all snapshots, by part."""
-    first, last = snapshots[0], snapshots[-2]  # at the last one the parts are being ended
+    first, last = snapshots[0], snapshots[-1]
     cores: dict[str, list[float]] = {}
     for process in first.uses.keys() & last.uses.keys():
         used = last.uses[process].cpu - first.uses[process].cpu
