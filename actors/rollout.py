@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.types import EpisodeResult, ParamSource, Policy, Step, VectorEnv, Writer
+from common.types import Array, Carry, EpisodeResult, Params, ParamSource, Policy, Step, VectorEnv, Writer
 
 _REFRESH_SECONDS = 0.25  # between two looks for newer parameters
 
@@ -78,12 +78,13 @@ class Rollout:
         random_steps: int = 0,
     ):
         self._env, self._policy, self._source, self._writers = env, policy, source, writers
-        self._act = jax.jit(policy.act)
+        self._act = jax.jit(self._split_and_act)
         self._carry = policy.init(env.num_envs)
         self._key = jax.random.PRNGKey(seed)
         self._rng = np.random.default_rng(seed)
         self._random_left = random_steps
-        self._version, self._params = 0, None
+        self._version = 0
+        self._params: Params | None = None
         self._looked = -float("inf")
         self._actions = np.zeros((env.num_envs, env.spec.action_size), np.float32)
         self._carry_is_stale = np.ones(env.num_envs, bool)
@@ -145,9 +146,15 @@ class Rollout:
         # A policy that takes over from random actions begins as if at an episode's start.
         is_first = step.is_first | self._carry_is_stale
         self._carry_is_stale[:] = False
-        self._key, key = jax.random.split(self._key)
-        self._carry, actions, stats = self._act(self._params, self._carry, step.obs, is_first, key)
+        self._key, self._carry, actions, stats = self._act(
+            self._params, self._carry, step.obs, is_first, self._key
+        )
         return np.asarray(actions), stats
+
+    def _split_and_act(self, params: Params, carry: Carry, obs: dict, is_first: Array, key: Array) -> tuple:
+        """(next key, carry, actions, stats). A split outside would cost as much as a small policy itself."""
+        key, key_act = jax.random.split(key)
+        return key, *self._policy.act(params, carry, obs, is_first, key_act)
 
     def _write(self, step: Step, actions: np.ndarray) -> None:
         version = np.asarray(self._version, np.int32)

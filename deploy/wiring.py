@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
+
 from actors.evaluate import evaluation_seeds
 from actors.rollout import Rollout
 from actors.safety_gym import env_spec
@@ -187,6 +189,18 @@ def policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
     )
 
 
+def published_policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
+    """`policy` of parameters as the learner publishes them: the leaves of the tree alone.
+
+    Equinox never lets go of a module that was unpickled, and with it of a whole version in the object
+    store; besides, a tree of modules is slow to take apart at every call.
+    """
+    init, act = policy(cfg, spec, explore=explore)
+    train = train_step(cfg, spec)
+    structure = jax.tree.structure(jax.eval_shape(lambda: train.acting(train.init(cfg.seed))))
+    return Policy(init, lambda leaves, *rest: act(jax.tree.unflatten(structure, leaves), *rest))
+
+
 def rollout(
     cfg: Config,
     spec: EnvSpec,
@@ -214,7 +228,7 @@ def rollout(
         seed,
         cameras=cfg.env.cameras,
     )
-    acting = policy(cfg, spec, explore=True)
+    acting = published_policy(cfg, spec, explore=True)
     return Rollout(env, acting, source, writers, seed=seed, name=f"actor{actor}", random_steps=prefill)
 
 

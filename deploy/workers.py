@@ -161,7 +161,7 @@ class EvaluatorWorker:
 
     def __init__(self, cfg: Config, spec: EnvSpec, source: ParamSource):
         self._cfg, self._source = cfg, source
-        self._policy = wiring.policy(cfg, spec, explore=False)
+        self._policy = wiring.published_policy(cfg, spec, explore=False)
         self._act = jax.jit(self._policy.act)
         self._version, self._params = 0, None
         self._env: Any = None

@@ -41,7 +41,7 @@ class Learner:
 
     Args:
         source: gives batches, `replay.sampler.BatchSampler.next` for one.
-        publish: takes (version, parameters as numpy) and makes them available to actors.
+        publish: takes (version, leaves of the acting parameters as numpy) and hands them to the actors.
         dump_dir: where a batch that broke training is written.
     """
 
@@ -76,7 +76,8 @@ class Learner:
     def publish(self) -> int:
         """Hands the present parameters out as a new version."""
         self._version += 1
-        self._publish_to(self._version, jax.device_get(self._train.acting(self._state)))
+        leaves = jax.tree.leaves(self._train.acting(self._state))
+        self._publish_to(self._version, jax.device_get(leaves))
         return self._version
 
     def number_versions_from(self, version: int) -> None:

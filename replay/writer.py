@@ -76,12 +76,13 @@ class StreamWriter:
         columns = self._layout.pack(step)
         while True:
             try:
-                self._append(columns)
+                created = self._append(columns)
                 break
             except RuntimeError as error:  # the stream is broken for good; a new one starts with this step
                 self._reopen(error)
         self.appended += 1
-        self._wait(self._max_pending)
+        if created:  # asking costs several times more than appending
+            self._wait(self._max_pending)
 
     def close(self, timeout: float = 2.0) -> None:
         """Sends what is buffered and ends the stream.
@@ -100,17 +101,20 @@ class StreamWriter:
         self._steps = 0  # in this stream
         self._stream_items = 0
 
-    def _append(self, columns: list) -> None:
+    def _append(self, columns: list) -> bool:
+        """Whether a window was due with this step."""
         for window, reference in zip(self._windows, self._writer.Append(columns), strict=True):
             window.append(reference)
         self._steps += 1
         beyond = self._steps - self._length
-        if beyond >= 0 and beyond % self._stride == 0:
-            self._writer.CreateItem(
-                backend.TABLE, 1.0, [list(w) for w in self._windows], [False] * len(self._windows)
-            )
-            self.items += 1
-            self._stream_items += 1
+        if beyond < 0 or beyond % self._stride:
+            return False
+        self._writer.CreateItem(
+            backend.TABLE, 1.0, [list(w) for w in self._windows], [False] * len(self._windows)
+        )
+        self.items += 1
+        self._stream_items += 1
+        return True
 
     def _wait(self, pending: int, deadline: float = math.inf) -> None:
         """Returns when at most `pending` items are unconfirmed, at the deadline, or on `should_stop()`.

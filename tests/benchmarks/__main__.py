@@ -20,13 +20,15 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import end_to_end, environment, learning
+from tests.benchmarks import acting, end_to_end, environment, learning, sampling
 from tests.benchmarks.measure import Row
 
 SUITES: dict[str, Callable[[], Iterator[Row]]] = {
     "environment": environment.run,
     "training": learning.training,
     "planning": learning.planning,
+    "acting": acting.run,
+    "sampling": sampling.run,
     "end-to-end": end_to_end.run,
 }
 

@@ -3,78 +3,83 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
-
-import psutil
+from typing import Any
 
 from common.metrics import METRICS
 from tests.benchmarks.measure import Row
+from tests.benchmarks.processes import Snapshot, watch
 
 ENV_STEPS = 30_000
 ACTORS = (1, 2, 4)
+_STEADY = ENV_STEPS / 3  # from then on everything is compiled and replay is filled
 _POLL_SECONDS = 1.0
 _TIMEOUT_SECONDS = 900
-# What Ray calls the processes of the parts; everything else is Ray itself.
-_PARTS = {"_Actor": "actor", "_Learner": "learner", "_Replay": "replay", "_Evaluator": "evaluator"}
-
-
-class Use(NamedTuple):
-    """What one process used."""
-
-    part: str
-    cpu: float  # seconds
-    peak: float  # MB of resident memory
-    memory: list[tuple[float, float]]  # (seconds, MB)
 
 
 def run() -> Iterator[Row]:
-    """Rates and shares for every number of actors; the rest for the first."""
+    """Rates and what every part uses, for every number of actors."""
     for actors in ACTORS:
-        yield from _run(actors, detailed=actors == ACTORS[0])
+        yield from _run(actors)
 
 
-def _run(actors: int, detailed: bool) -> Iterator[Row]:
+def _run(actors: int) -> Iterator[Row]:
+    peaks: dict[int, tuple[str, float]] = {}  # process id -> part, MB
+    steady: list[Snapshot] = []
     with tempfile.TemporaryDirectory() as directory:
         run = Path(directory) / "run"
-        uses, cpu, wall = _watch(_command(run, actors))
-        rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    # Between two thirds and the end, when everything is compiled and replay is filled.
-    rows = [row for row in rows if row["env_steps"] > ENV_STEPS / 3 and "time/learner_waiting" in row]
+        for snapshot in watch(_command(run, actors), _POLL_SECONDS):
+            if snapshot.seconds > _TIMEOUT_SECONDS:
+                raise RuntimeError(f"{actors} actors were not done after {_TIMEOUT_SECONDS} s")
+            for process, use in snapshot.uses.items():
+                peaks[process] = use.part, max(use.memory, peaks.get(process, (use.part, 0.0))[1])
+            rows = _rows(run)
+            if rows and rows[-1]["env_steps"] < ENV_STEPS:
+                steady.append(snapshot)
+        rows = _rows(run)
     name = f"{actors} actor{'s' * (actors > 1)}"
-
-    def average(metric: str) -> float:
-        return mean(row[metric] for row in rows if metric in row)
-
-    yield Row(
-        "end to end",
-        f"{name}: env steps",
-        average("time/env_steps_per_second"),
-        "1/s",
-        note=f"{wall:.0f} s in all",
-    )
-    yield Row("end to end", f"{name}: updates", average("time/updates_per_second"), "1/s")
-    yield Row("end to end", f"{name}: learner waits", 100 * average("time/learner_waiting"), "%")
-    yield Row("end to end", f"{name}: actors wait", 100 * average("time/actors_waiting"), "%")
-    if detailed:
-        for use in sorted(uses, key=lambda use: -use.cpu)[:8]:
-            note = (
-                f"{use.cpu:.1f} s of CPU in {wall:.0f} s, {100 * (1 - use.cpu / wall):.0f} % idle of one core"
-            )
-            yield Row("end to end", f"{use.part}: peak memory", use.peak, "MB", note=note)
-        yield Row("end to end", "all processes: CPU", cpu, "s", note=f"{cpu / wall:.2f} cores")
+    for what, metric, unit, scale in (
+        ("env steps", "time/env_steps_per_second", "1/s", 1),
+        ("updates", "time/updates_per_second", "1/s", 1),
+        ("learner waits", "time/learner_waiting", "%", 100),
+        ("actors wait", "time/actors_waiting", "%", 100),
+    ):
+        values = [row[metric] for row in rows if metric in row]
+        yield Row("end to end", f"{name}: {what}", scale * mean(values), unit)
+    cores = _cores(steady)
+    memory = dict[str, float]()
+    for part, peak in peaks.values():
+        memory[part] = memory.get(part, 0.0) + peak
+    for part, peak in sorted(memory.items(), key=lambda use: -use[1]):
+        used = cores.get(part, [])
+        idle = ", ".join(f"{100 * (1 - share):.0f} %" for share in used) if part != "Ray" else ""
+        note = f"{sum(used):.2f} cores" + (f"; idle: {idle}" if idle else "")
+        yield Row("end to end", f"{name}: {part} peak memory", peak, "MB", note=note)
+    yield Row("end to end", f"{name}: all processes", sum(map(sum, cores.values())), "cores")
 
 
-def _growth(use: Use) -> float:
-    """MB of memory at the end more than half-way."""
-    half = (use.memory[0][0] + use.memory[-1][0]) / 2
-    return use.memory[-1][1] - next(memory for seconds, memory in use.memory if seconds >= half)
+def _rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics in the steady part of a run; none before."""
+    path = run / METRICS
+    if not path.is_file():
+        return []
+    lines = path.read_text().rpartition("\n")[0].splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["env_steps"] > _STEADY and "time/learner_waiting" in row]
+
+
+def _cores(snapshots: list[Snapshot]) -> dict[str, list[float]]:
+    """CPU-seconds per second of every process that lives through all snapshots, by part."""
+    first, last = snapshots[0], snapshots[-1]
+    cores: dict[str, list[float]] = {}
+    for process in first.uses.keys() & last.uses.keys():
+        used = last.uses[process].cpu - first.uses[process].cpu
+        cores.setdefault(last.uses[process].part, []).append(used / (last.seconds - first.seconds))
+    return cores
 
 
 def _command(run: Path, actors: int) -> list[str]:
@@ -86,46 +91,7 @@ def _command(run: Path, actors: int) -> list[str]:
         "env-steps": ENV_STEPS,
         "actors.count": actors,
         "evaluation.every": 0,
-        "evaluation.final-episodes": 0,
+        "evaluation.final-episodes": 1,
     }
     program = str(Path(sys.executable).parent / "safedreamer")
     return [program, "train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
-
-
-def _watch(command: list[str]) -> tuple[list[Use], float, float]:
-    """(What each process used, CPU-seconds of all, wall seconds) of a command. RuntimeError if it fails."""
-    started = time.monotonic()
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    found: dict[int, Use] = {}
-    try:
-        while program.poll() is None:
-            if time.monotonic() - started > _TIMEOUT_SECONDS:
-                raise RuntimeError(f"not done after {_TIMEOUT_SECONDS} s: {' '.join(command)}")
-            _look(program.pid, time.monotonic() - started, found)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        if program.poll() is None:
-            program.terminate()
-        output, _ = program.communicate(timeout=60)
-    if program.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{output}")
-    return list(found.values()), sum(use.cpu for use in found.values()), time.monotonic() - started
-
-
-def _look(root: int, now: float, found: dict[int, Use]) -> None:
-    """Brings `found`, by process id, up to date with the process `root` and all below it."""
-    try:
-        processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in processes:
-        try:
-            times, memory = process.cpu_times(), process.memory_info().rss / 1e6
-            title = " ".join(process.cmdline())
-        except psutil.NoSuchProcess:
-            continue
-        part = next((part for key, part in _PARTS.items() if f"::{key}" in title), None)
-        part = part or ("driver" if process.pid == root else process.name())
-        before = found.get(process.pid, Use(part, 0.0, 0.0, []))
-        use = Use(part, times.user + times.system, max(before.peak, memory), [*before.memory, (now, memory)])
-        found[process.pid] = use

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -57,6 +58,25 @@ def test_every_method_trains_and_acts_on_its_parameters(method, size):
         assert (actions.shape, actions.dtype) == ((3, spec.action_size), np.float32)
         assert all(value.shape == () for value in jax.tree.leaves(stats))
         assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, carry)
+
+
+def test_published_parameters_act_the_same_and_hold_no_module():
+    cfg = load("osrp_lag", "nano", GOAL)
+    spec = wiring.spec_of(cfg)
+    train = wiring.train_step(cfg, spec)
+    params = train.acting(jax.jit(train.init)(0))
+    leaves = pickle.loads(pickle.dumps(jax.device_get(jax.tree.leaves(params))))
+    assert all(type(leaf) is np.ndarray for leaf in leaves)
+    whole, flat = (make(cfg, spec, explore=True) for make in (wiring.policy, wiring.published_policy))
+    rng = np.random.default_rng(0)
+    obs = {name: rng.normal(size=(2, *array.shape)).astype("float32") for name, array in spec.obs.items()}
+    arguments = (whole.init(2), obs, np.ones(2, bool), jax.random.PRNGKey(0))
+    for one, other in zip(
+        jax.tree.leaves(jax.jit(whole.act)(params, *arguments)),
+        jax.tree.leaves(jax.jit(flat.act)(leaves, *arguments)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("method", sorted(set(presets("method")) - {"osrp_vector", "osrp_tracked"}))

@@ -106,7 +106,7 @@ def episode(cost: float) -> EpisodeResult:
 
 def total(learner: Learner, published: list[tuple[int, Any]]) -> float:
     learner.publish()
-    return float(published[-1][1]["total"])
+    return float(published[-1][1][0])
 
 
 def test_every_batch_is_one_update(tmp_path):
@@ -144,8 +144,8 @@ def test_parameters_are_published_in_versions_as_numpy_arrays(tmp_path):
     assert learner.publish() == 1
     report = learner.run(0.3)
     assert [version for version, _ in published] == [1, 2, 3]  # after 4 and 8 updates
-    assert [float(params["total"]) for _, params in published] == [0.0, 24.0, 48.0]
-    assert all(isinstance(params["total"], np.ndarray) for _, params in published)
+    assert [float(total) for _, (total,) in published] == [0.0, 24.0, 48.0]
+    assert all(isinstance(total, np.ndarray) for _, (total,) in published)
     assert report.version == 3
 
 
