@@ -91,13 +91,15 @@ def plan(
         return _Search(search.iteration + 1, mean, std, moved, stats)
 
     def unfinished(search: _Search) -> Bool[Array, ""]:
-        more = search.iteration < cfg.iterations
-        return more & (search.moved > cfg.tolerance) if cfg.tolerance else more
+        return (search.iteration < cfg.iterations) & (search.moved > cfg.tolerance)
 
     std = jnp.full_like(mean, cfg.init_std)
     stats = {name: jnp.zeros(()) for name in ("num_safe", "return", "cost", "std")}
     start = _Search(jnp.zeros((), jnp.int32), mean, std, jnp.full((), jnp.inf), stats)
-    end = jax.lax.while_loop(unfinished, iterate, start)
+    if cfg.tolerance:
+        end = jax.lax.while_loop(unfinished, iterate, start)
+    else:
+        end = jax.lax.fori_loop(0, cfg.iterations, lambda _, search: iterate(search), start)
     return Plan(end.mean, end.stats | {"iterations": end.iteration.astype(jnp.float32)})
 
 

@@ -16,10 +16,12 @@ from common.types import Batch, EnvSpec, replay_spec
 from deploy import wiring
 from learner.learner import Learner
 from tests.benchmarks.measure import Row, Time, matmul, repeat
+from tests.benchmarks.scaling import count
 
 # The published implementation on its own, in CPU-seconds over the CPU-seconds of one product.
 PUBLISHED_STEP = 170
 PUBLISHED_DECISION = 120
+PRODUCT_FLOPS = 2 * 1024**3
 ENVIRONMENTS = (1, 2, 4, 8, 16)
 
 
@@ -48,19 +50,20 @@ def training() -> Iterator[Row]:
     yield Row(
         "training", "matmul 1024^3", 1e3 * product.cpu, "ms CPU", note=f"{1e3 * product.wall:.1f} ms wall"
     )
-    for size, count in (("paper", 5), ("nano", 50)):
+    for size, updates in (("paper", 5), ("nano", 50)):
         cfg, spec = _config(size)
         batch = _batch(cfg, spec)
         learner = Learner(wiring.train_step(cfg, spec), lambda _, batch=batch: batch, lambda *_: None, Path())
         started = time.monotonic()
         learner.compile()
         first = time.monotonic() - started
-        each = _per_update(learner, count)
+        each = _per_update(learner, updates)
         units = each.cpu / product.cpu
         target, note = "", f"{1e3 * each.cpu:.0f} ms of CPU, {1e3 * each.wall:.0f} ms wall"
         if size == "paper":
             target = f"<= {0.6 * PUBLISHED_STEP:.0f}"
-            note += f"; {units / PUBLISHED_STEP:.2f} of the published step"
+            products = count(learner._train.step, learner._state, batch).flops / PRODUCT_FLOPS  # pyright: ignore
+            note += f"; {units / PUBLISHED_STEP:.2f} of the published step; {products:.0f} are products"
         yield Row("training", f"osrp_vector {size} step", units, "matmuls", target, note)
         yield Row("training", f"osrp_vector {size} compile", first, "s", "<= 25" if size == "paper" else "")
 
@@ -79,17 +82,17 @@ def planning() -> Iterator[Row]:
     """CPU time of a decision at the published settings, and how it grows with environments at nano size."""
     product = matmul()
     cfg, spec = _config("paper")
-    decide, compiled = _decision(cfg, spec, 1)
+    decide, compiled, products = _decision(cfg, spec, 1)
     each = repeat(decide, 5)
     units = each.cpu / product.cpu
     note = f"{1e3 * each.cpu:.0f} ms of CPU, {1e3 * each.wall:.0f} ms wall; "
-    note += f"{units / PUBLISHED_DECISION:.2f} of the published decision"
+    note += f"{units / PUBLISHED_DECISION:.2f} of the published decision; {products:.0f} are products"
     target = f"<= {0.65 * PUBLISHED_DECISION:.0f}"
     yield Row("planning", "osrp_vector paper decision", units, "matmuls", target, note)
     yield Row("planning", "osrp_vector paper compile", compiled, "s", "<= 15")
     one = None
     for environments in ENVIRONMENTS:
-        decide, _ = _decision(*_config("nano"), environments)
+        decide, *_ = _decision(*_config("nano"), environments)
         each = repeat(decide, 20)
         one = one or each
         note = f"{1e3 * each.cpu:.1f} ms of CPU, {1e3 * each.wall:.1f} ms wall"
@@ -97,8 +100,8 @@ def planning() -> Iterator[Row]:
         yield Row("planning", f"nano, {environments} environments", each.cpu / one.cpu, "x one", target, note)
 
 
-def _decision(cfg: Config, spec: EnvSpec, environments: int) -> tuple[Callable[[], None], float]:
-    """One decision for all environments, and the seconds of its compilation."""
+def _decision(cfg: Config, spec: EnvSpec, environments: int) -> tuple[Callable[[], None], float, float]:
+    """One decision for all environments, seconds of its compilation, its matrix products in units."""
     train = wiring.train_step(cfg, spec)
     params = train.acting(jax.jit(train.init)(0))
     policy = wiring.policy(cfg, spec, explore=True)
@@ -109,11 +112,12 @@ def _decision(cfg: Config, spec: EnvSpec, environments: int) -> tuple[Callable[[
     }
     first, key = np.zeros(environments, bool), jax.random.PRNGKey(0)
     carry = policy.init(environments)
+    arguments = (params, carry, obs, first, key)
     started = time.monotonic()
-    act = jax.jit(policy.act).lower(params, carry, obs, first, key).compile()
+    act = jax.jit(policy.act).lower(*arguments).compile()
     seconds = time.monotonic() - started
 
     def decide() -> None:
-        jax.block_until_ready(act(params, carry, obs, first, key))
+        jax.block_until_ready(act(*arguments))
 
-    return decide, seconds
+    return decide, seconds, count(policy.act, *arguments).flops / PRODUCT_FLOPS
