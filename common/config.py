@@ -243,6 +243,8 @@ class LearnerConfig:
     """Updates between two readings of the training metrics."""
     max_bad_updates: int = 20
     """Updates in a row with a non-finite loss or gradient after which the run stops."""
+    devices: int = 1
+    """Devices of the learner's machine that share each batch (data parallel); 0: all."""
 
 
 @dataclass(frozen=True)
@@ -584,6 +586,7 @@ _MAY_BE_ZERO = {
     "planner.tolerance",
     "planner.cost_scale_length",
     "learner.prefill",
+    "learner.devices",
     "evaluation.every",
     "evaluation.seed",
 }

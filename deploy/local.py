@@ -118,7 +118,15 @@ class RayWorkers:
 
     def learner(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run, self._holder, self._address)
-        return RayProxy(self._start("learner", _Learner, *arguments, env=memory.KEEP_FREED, num_gpus=_gpus()))
+        return RayProxy(
+            self._start(
+                "learner",
+                _Learner,
+                *arguments,
+                env=memory.KEEP_FREED,
+                num_gpus=_gpus(self._cfg.learner.devices),
+            )
+        )
 
     def evaluator(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._holder)
@@ -182,8 +190,10 @@ def start_ray() -> None:
         ) from error
 
 
-def _gpus() -> float:
-    return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+def _gpus(devices: int) -> int:
+    """GPUs that the learner gets of those there are: `devices`, or all for 0; none where it uses the CPU."""
+    there = int(ray.cluster_resources().get("GPU", 0))
+    return min(devices or there, there)
 
 
 def _settle(answer: Future[Any], done: Future[Any]) -> None:

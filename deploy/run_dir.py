@@ -32,6 +32,7 @@ RESUMABLE = (
     "backend",
     "actors.count",
     "actors.slice_seconds",
+    "learner.devices",
     "evaluation",
     "checkpoint",
     "supervision",

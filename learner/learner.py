@@ -14,6 +14,7 @@ import numpy as np
 
 from common import checkpoint
 from common.types import Batch, EpisodeResult, Params, UserError, replay_spec
+from learner.placement import place
 from learner.train_step import TrainState, TrainStep
 
 _POLL_SECONDS = 0.2  # longest wait for a batch before the loop looks at the clock again
@@ -54,8 +55,9 @@ class Learner:
     ):
         self._train, self._source, self._publish_to, self._dump_dir = train, source, publish, dump_dir
         self._cfg = train.cfg.learner
-        self._state: TrainState = jax.jit(train.init)(train.cfg.seed)
-        self._on_episode = jax.jit(train.constraint.on_episode)
+        self._place = place(self._cfg.devices, self._cfg.batch_size)
+        self._state: TrainState = jax.jit(train.init, out_shardings=self._place.state)(train.cfg.seed)
+        self._on_episode = jax.jit(train.constraint.on_episode, out_shardings=self._place.state)
         self._updates = 0
         self._version = 0
         self._pending: list[dict[str, Any]] = []  # device metrics that nobody has read yet
@@ -66,10 +68,11 @@ class Learner:
         started = time.monotonic()
         shape = (self._cfg.batch_size, self._cfg.batch_length)
         batch = {
-            name: jax.ShapeDtypeStruct((*shape, *spec.shape), spec.dtype)
+            name: jax.ShapeDtypeStruct((*shape, *spec.shape), spec.dtype, sharding=self._place.batch)
             for name, spec in replay_spec(self._train.spec).items()
         }
-        lowered = jax.jit(self._train.step, donate_argnums=0).lower(self._state, batch)
+        step = jax.jit(self._train.step, donate_argnums=0, out_shardings=self._place.state)
+        lowered = step.lower(self._state, batch)
         self._compiled = lowered.compile(_COMPILER_OPTIONS if jax.default_backend() == "cpu" else None)
         return time.monotonic() - started
 
@@ -129,7 +132,7 @@ class Learner:
         """Continues from the newest complete checkpoint in a run's directory, if there is one."""
         restored = checkpoint.restore_latest(directory, self._state)
         if restored is not None:
-            self._state = jax.tree.map(jnp.array, restored.tree)
+            self._state = self._placed(restored.tree)
             self._updates, self._version = restored.meta["updates"], restored.meta["version"]
         return restored
 
@@ -139,13 +142,13 @@ class Learner:
         Counters and random key stay this run's own; `TrainState.updates` goes on, for it says that the slow
         critics have begun to follow.
         """
-        tree = jax.tree.map(jnp.array, checkpoint.restore(path, self._state).tree)
+        tree = self._placed(checkpoint.restore(path, self._state).tree)
         self._state = tree._replace(key=self._state.key, bad_in_row=self._state.bad_in_row)
 
     def _update(self, batch: Batch) -> None:
         assert self._compiled is not None
         # A copy: the CPU backend may otherwise read the sampler's buffer while it is being refilled.
-        on_device = {name: jnp.array(value) for name, value in batch.items()}
+        on_device = {name: jax.device_put(value.copy(), self._place.batch) for name, value in batch.items()}
         self._state, metrics = self._compiled(self._state, on_device)
         self._updates += 1
         self._pending.append(metrics)
@@ -156,6 +159,10 @@ class Learner:
             self._stop_if_broken(batch)
         if self._updates % self._cfg.publish_every == 0:
             self.publish()
+
+    def _placed(self, tree: TrainState) -> TrainState:
+        """A copy on the devices: the numpy arrays of a checkpoint must not be donated."""
+        return jax.device_put(jax.tree.map(jnp.array, tree), self._place.state)
 
     def _see_episodes(self, episodes: Iterable[EpisodeResult], env_steps: int) -> None:
         multiplier = self._state.multiplier

@@ -1,0 +1,55 @@
+"""The same training on one and on several devices; a child process pretends to have four."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import pytest
+
+from common.types import UserError
+from learner.placement import place
+
+_FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.learner.devices_child", str(tmp_path_factory.mktemp("checkpoints"))],
+        env=os.environ | _FOUR,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_every_device_gets_its_share(compared: dict[str, Any]) -> None:
+    assert compared["devices"] == 4
+    assert compared["windows on each"] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("what", ["metrics", "model", "optimizer", "actor", "critic"])
+def test_training_is_equal_on_four_devices(compared: dict[str, Any], what: str) -> None:
+    assert compared[what] < 1e-5
+
+
+def test_a_checkpoint_of_four_devices_goes_on_with_one(compared: dict[str, Any]) -> None:
+    assert compared["restored"] == 0.0
+    assert compared["restored on"] == 1
+
+
+def test_all_devices_are_taken_for_zero() -> None:
+    assert len(place(0, 4 * jax.local_device_count()).batch.device_set) == jax.local_device_count()
+
+
+def test_more_devices_than_there_are_is_an_error() -> None:
+    count = jax.local_device_count()
+    with pytest.raises(UserError, match=f"use --learner.devices {count}"):
+        place(count + 1, 16)
