@@ -297,6 +297,8 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         broken.await_checkpoint()
         note("killed replay", broken.recover("replay"), lost_steps=broken.newest("replay/lost_steps"))
         broken.await_training()
+        broken.await_checkpoint()
+        broken.await_training(updates=5)  # so that there is something to lose
         acted = broken.newest("env_steps")
         seconds = broken.recover("learner")
         acted = broken.newest("env_steps") - acted

@@ -25,15 +25,14 @@ def build(spec=SPEC, **kinds: bool) -> WorldModel:
 def test_it_is_a_sequence_of_single_steps() -> None:
     model = build(learn_cost=True)
     predicted = open_loop(model, learned_cost, look_away, BATCH, CONTEXT)
-    quiet = jnp.zeros((2, MODEL.stoch, MODEL.classes))
     latent = model.rssm.initial(2)
     for t in range(7):
         action = BATCH["action"][:, t - 1] if t else jnp.zeros((2, 2))
         if t < CONTEXT:
             embed = model.encode({"vector": BATCH["vector"][:, t]})
-            latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, quiet)
+            latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, uniform=None)
         else:
-            latent = model.rssm.img_step(latent, action, quiet)
+            latent = model.rssm.img_step(latent, action, uniform=None)
         np.testing.assert_allclose(predicted.reward[:, t], model.reward(latent).mean, **CLOSE)
         np.testing.assert_allclose(predicted.cost[:, t], model.cost(latent).mean, **CLOSE)
         assert predicted.vector is not None
@@ -65,15 +64,14 @@ def test_tracked_hazards_start_where_they_were_last_seen() -> None:
     true = BATCH["vector"][..., 2:6].reshape(2, 7, 2, 2)
     np.testing.assert_array_equal(predicted.hazards[:, :CONTEXT], true[:, :CONTEXT])
 
-    quiet = jnp.zeros((2, MODEL.stoch, MODEL.classes))
     latent, hazards = model.rssm.initial(2), true[:, CONTEXT - 1]
     for t in range(7):
         action = BATCH["action"][:, t - 1] if t else jnp.zeros((2, 2))
         if t < CONTEXT:
             embed = model.encode({"vector": BATCH["vector"][:, t]})
-            latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, quiet)
+            latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, uniform=None)
         else:
-            latent = model.rssm.img_step(latent, action, quiet)
+            latent = model.rssm.img_step(latent, action, uniform=None)
             hazards = move(model, hazards, latent)
             assert hazards is not None
             np.testing.assert_allclose(predicted.hazards[:, t], hazards, **CLOSE)
