@@ -8,6 +8,7 @@ time per decision for one environment; iterations are the mean over decisions.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,11 +28,9 @@ from deploy import wiring
 from deploy.evaluate import load
 
 TOLERANCES = (0.0, 0.02, 0.05, 0.1, 0.2)
-SAMPLES = {"samples": 64, "elites": 8}
 VARIANTS: list[dict[str, Any]] = [
     {},
     *({"iterations": 6, "tolerance": tolerance} for tolerance in TOLERANCES),
-    *(SAMPLES | {"iterations": 6, "tolerance": tolerance} for tolerance in TOLERANCES),
 ]
 
 
@@ -85,6 +84,7 @@ def main() -> None:
             **summary,
         }
         rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
         table.add_row(
             *(f"{row[name]:g}" for name in ("samples", "iterations", "tolerance")),
             f"{row['used']:.2f}",
