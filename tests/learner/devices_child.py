@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import jax
 import numpy as np
 
 from common.config import merge
+from common.types import UserError
 from learner.cost_model import learned_cost
 from learner.lagrange import augmented
 from learner.learner import Learner
+from learner.placement import place
 from learner.train_step import Shared, TrainStep
 from tests.learner.test_train_step import AUGMENTED
 from tests.learner.tiny import CONFIG, SPEC, batch
@@ -58,6 +60,14 @@ def numbers(tree: Any) -> Iterator[np.ndarray]:
     return (np.asarray(x, np.float64) for x in jax.tree.leaves(tree) if np.size(x))
 
 
+def refusal(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def main(directory: str) -> None:
     one, four = learner(1), learner(4)
     for each in (one, four):
@@ -80,6 +90,7 @@ def main(directory: str) -> None:
                 "actor": off(one._state.actor, four._state.actor),
                 "critic": off(one._state.critic, four._state.critic),
                 "restored": off(four._state.model, taken_over._state.model),
+                "uneven": refusal(lambda: place(4, 6)),
                 "restored on": len(taken_over._state.updates.sharding.device_set),
             }
         )

@@ -45,6 +45,10 @@ def test_a_checkpoint_of_four_devices_goes_on_with_one(compared: dict[str, Any])
     assert compared["restored on"] == 1
 
 
+def test_devices_that_cannot_share_a_batch_evenly_are_an_error(compared: dict[str, Any]) -> None:
+    assert compared["uneven"] == "learner.batch_size (6) must be a multiple of the 4 learner.devices"
+
+
 def test_all_devices_are_taken_for_zero() -> None:
     assert len(place(0, 4 * jax.local_device_count()).batch.device_set) == jax.local_device_count()
 
