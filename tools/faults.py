@@ -295,10 +295,11 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         note("killed holder", broken.await_training())
         note("stuck actor", broken.recover("actor", signal.SIGSTOP))
         broken.await_checkpoint()
+        broken.await_training(updates=5)  # so that there is something to lose
         note("killed replay", broken.recover("replay"), lost_steps=broken.newest("replay/lost_steps"))
         broken.await_training()
         broken.await_checkpoint()
-        broken.await_training(updates=5)  # so that there is something to lose
+        broken.await_training(updates=5)
         acted = broken.newest("env_steps")
         seconds = broken.recover("learner")
         acted = broken.newest("env_steps") - acted
