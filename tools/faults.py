@@ -240,9 +240,12 @@ def problems(rows: List[Dict[str, Any]]) -> List[str]:
 
 
 def train_ratio(rows: List[Dict[str, Any]]) -> float:
-    """Realised between the first and the last of these rows."""
+    """Realised between the first and the last of these rows, but for the row after the actors have stopped.
+
+    What waits in writers and limiter is a constant: the more steps there are, the less it weighs.
+    """
     progress = [row for row in rows if "train/updates" in row]
-    first, last = progress[0], progress[-1]
+    first, last = progress[0], progress[-2]
     agent_steps = (last["env_steps"] - first["env_steps"]) / ACTION_REPEAT
     return (last["train/updates"] - first["train/updates"]) * BATCH_STEPS / max(1.0, agent_steps)
 
@@ -316,7 +319,7 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         truncate_newest_checkpoint(run)
         done = before[-1]["env_steps"]
         started = time.monotonic()
-        with resumed(run, done + 20_000) as second:
+        with resumed(run, done + 60_000) as second:
             code = second.wait(3 * PATIENCE)
             rows = [row for row in second.rows() if row["env_steps"] > done]
             ratio = round(train_ratio(rows), 2)
