@@ -1,4 +1,4 @@
-"""The acting loop: act, step, write, refresh. Knows nothing of the algorithm behind the policy."""
+"""The acting loop: step, decide, write. Knows nothing of the policy behind the decisions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
-from common.types import Array, Carry, EpisodeResult, Params, ParamSource, Policy, Step, VectorEnv, Writer
+from actors.inference import Inference
+from common.types import EpisodeResult, Step, VectorEnv, Writer
 
-_REFRESH_SECONDS = 0.25  # between two looks for newer parameters
+_PAUSE_SECONDS = 0.05  # between two looks for parameters that are new enough
 
 
 @dataclass
@@ -23,6 +23,7 @@ class RolloutReport:
     agent_steps: int = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0  # for the rate limiter, that is, for the learner
+    paused_seconds: float = 0.0  # for parameters that are new enough
     version: int = 0
     episodes: list[EpisodeResult] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)  # the policy's own, e.g. plan/num_safe
@@ -59,67 +60,62 @@ class EpisodeMeter:
 
 
 class Rollout:
-    """Steps a vector environment with the newest parameters and streams what happens to replay.
+    """Steps a vector environment as an `Inference` decides and streams what happens to replay.
 
     Args:
         writers: one per environment.
         random_steps: agent steps (over all environments) taken with uniform random actions first.
+        max_staleness: versions that the parameters may be behind the newest; 0: any number.
     """
 
     def __init__(
         self,
         env: VectorEnv,
-        policy: Policy,
-        source: ParamSource,
+        inference: Inference,
         writers: Sequence[Writer],
         *,
         seed: int,
         name: str,
         random_steps: int = 0,
+        max_staleness: int = 0,
     ):
-        self._env, self._policy, self._source, self._writers = env, policy, source, writers
-        self._act = jax.jit(self._split_and_act)
-        self._carry = policy.init(env.num_envs)
-        self._key = jax.random.PRNGKey(seed)
+        self._env, self._inference, self._writers = env, inference, writers
         self._rng = np.random.default_rng(seed)
         self._random_left = random_steps
-        self._version = 0
-        self._params: Params | None = None
-        self._looked = -float("inf")
+        self._max_staleness = max_staleness
         self._actions = np.zeros((env.num_envs, env.spec.action_size), np.float32)
+        self._undecided: Step | None = None  # the newest step, while nobody has decided what follows it
         self._carry_is_stale = np.ones(env.num_envs, bool)
         self._meter = EpisodeMeter(env.num_envs, name)
 
     def warm_up(self, timeout: float) -> None:
         """Waits for the first parameters and compiles the policy. Raises TimeoutError."""
-        deadline = time.monotonic() + timeout
-        while self._params is None:
-            self._refresh(force=True)
-            if self._params is None:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no parameters were published within {timeout:.0f} s")
-                time.sleep(0.05)
-        obs = {
-            name: np.zeros((self._env.num_envs, *spec.shape), spec.dtype)
-            for name, spec in self._env.spec.obs.items()
-        }
-        first = np.ones(self._env.num_envs, bool)
-        jax.block_until_ready(self._act(self._params, self._carry, obs, first, self._key))
+        self._inference.warm_up(timeout)
 
     def run(
-        self, seconds: float, max_env_steps: int, should_stop: Callable[[], bool] = lambda: False
+        self,
+        seconds: float,
+        max_env_steps: int,
+        should_stop: Callable[[], bool] = lambda: False,
+        newest: int = 0,
     ) -> RolloutReport:
-        """Acts for about `seconds`, at most about `max_env_steps`, or until told to stop."""
+        """Acts for about `seconds`, at most about `max_env_steps`, or until told to stop.
+
+        `newest` is the version of the newest parameters that the caller knows of.
+        """
         report = RolloutReport()
         started = time.monotonic()
         waited = self._waited()
         stats: dict[str, Any] = {}
         while time.monotonic() - started < seconds and report.env_steps < max_env_steps and not should_stop():
-            self._refresh()
-            stats = self._decide_and_step(report) or stats
+            if self._is_stale(newest):
+                time.sleep(_PAUSE_SECONDS)
+                report.paused_seconds += _PAUSE_SECONDS
+            else:
+                stats = self._step_and_decide(report) or stats
         report.seconds = time.monotonic() - started
         report.waited_seconds = self._waited() - waited
-        report.version = self._version
+        report.version = self._inference.version
         report.stats = {name: float(value) for name, value in stats.items()}
         return report
 
@@ -129,35 +125,42 @@ class Rollout:
             writer.close()
         self._env.close()
 
-    def _decide_and_step(self, report: RolloutReport) -> dict[str, Any]:
-        step = self._env.step(self._actions)
-        actions, stats = self._choose(step)
-        report.env_steps += int(step.env_steps.sum())
-        report.agent_steps += int((step.env_steps > 0).sum())
-        report.episodes += self._meter.add(step, self._env.partial, self._version)
-        self._write(step, actions)
-        self._actions = actions
+    def _is_stale(self, newest: int) -> bool:
+        if self._max_staleness == 0 or self._random_left > 0:
+            return False
+        oldest = newest - self._max_staleness
+        # A look for newer parameters may be a call to another process.
+        return self._inference.version < oldest and self._inference.catch_up() < oldest
+
+    def _step_and_decide(self, report: RolloutReport) -> dict[str, Any]:
+        step = self._undecided or self._step(report)
+        choice = self._choose(step)
+        self._undecided = step if choice is None else None
+        if choice is None:
+            return {}
+        self._actions, stats = choice
+        self._write(step)
         return stats
 
-    def _choose(self, step: Step) -> tuple[np.ndarray, dict[str, Any]]:
+    def _step(self, report: RolloutReport) -> Step:
+        step = self._env.step(self._actions)
+        report.env_steps += int(step.env_steps.sum())
+        report.agent_steps += int((step.env_steps > 0).sum())
+        report.episodes += self._meter.add(step, self._env.partial, self._inference.version)
+        return step
+
+    def _choose(self, step: Step) -> tuple[np.ndarray, dict[str, Any]] | None:
         if self._random_left > 0:
             self._random_left -= len(step.reward)
             return self._rng.uniform(-1, 1, self._actions.shape).astype(np.float32), {}
         # A policy that takes over from random actions begins as if at an episode's start.
-        is_first = step.is_first | self._carry_is_stale
-        self._carry_is_stale[:] = False
-        self._key, self._carry, actions, stats = self._act(
-            self._params, self._carry, step.obs, is_first, self._key
-        )
-        return np.asarray(actions), stats
+        choice = self._inference.act(step.obs, step.is_first | self._carry_is_stale)
+        if choice is not None:
+            self._carry_is_stale[:] = False
+        return choice
 
-    def _split_and_act(self, params: Params, carry: Carry, obs: dict, is_first: Array, key: Array) -> tuple:
-        """(next key, carry, actions, stats). A split outside would cost as much as a small policy itself."""
-        key, key_act = jax.random.split(key)
-        return key, *self._policy.act(params, carry, obs, is_first, key_act)
-
-    def _write(self, step: Step, actions: np.ndarray) -> None:
-        version = np.asarray(self._version, np.int32)
+    def _write(self, step: Step) -> None:
+        version = np.asarray(self._inference.version, np.int32)
         for i, writer in enumerate(self._writers):
             writer.append(
                 {
@@ -168,19 +171,9 @@ class Rollout:
                     "is_last": step.is_last[i],
                     "is_terminal": step.is_terminal[i],
                     "version": version,
-                    "action": actions[i],
+                    "action": self._actions[i],
                 }
             )
-
-    def _refresh(self, force: bool = False) -> None:
-        now = time.monotonic()
-        if not force and now - self._looked < _REFRESH_SECONDS:
-            return
-        self._looked = now
-        newer = self._source.get(self._version)
-        if newer is not None:
-            # One transfer per version; numpy parameters would be transferred at every decision.
-            self._version, self._params = newer[0], jax.device_put(newer[1])
 
     def _waited(self) -> float:
         return sum(getattr(writer, "waited_seconds", 0.0) for writer in self._writers)

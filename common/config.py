@@ -46,6 +46,19 @@ class ActorsConfig:
     """Environments per actor process."""
     slice_seconds: float = 1.0
     """An actor reports to the driver after about this many seconds of acting."""
+    max_staleness: int = 0
+    """An actor pauses while its parameters are more than this many versions behind the newest; 0: never."""
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    mode: Literal["auto", "local", "server"] = "auto"
+    """Who computes the actors' decisions: each actor, or one server for all of them, on an accelerator if it
+    can have one; auto: a server for planners of size paper where there is a GPU."""
+    max_batch: int = 64
+    """Environments that the server decides for at a time."""
+    max_wait_ms: float = 5.0
+    """Longest wait for further requests after the first one of a batch."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +324,7 @@ class Config:
     """Processes under a local Ray, or everything in one process."""
     env: EnvConfig = field(default_factory=EnvConfig)
     actors: ActorsConfig = field(default_factory=ActorsConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
@@ -530,6 +544,11 @@ def _problems(config: Config) -> Iterable[str]:
     window, capacity = learner.batch_length, config.replay.capacity
     if window * learner.batch_size > capacity:
         yield f"a batch ({learner.batch_size} x {window} steps) does not fit replay.capacity ({capacity})"
+    if config.inference.max_batch < config.actors.envs:
+        yield (
+            f"inference.max_batch ({config.inference.max_batch}) must not be below actors.envs "
+            f"({config.actors.envs}): the environments of an actor are decided for together"
+        )
     if config.replay.stride > window:
         yield (
             f"replay.stride ({config.replay.stride}) must not exceed learner.batch_length ({window}): "
@@ -567,6 +586,8 @@ _SHARES = {
 _MAY_BE_ZERO = {
     "seed",
     "actors.slice_seconds",
+    "actors.max_staleness",
+    "inference.max_wait_ms",
     "replay.port",
     "world_model.head_layers",
     "world_model.unimix",

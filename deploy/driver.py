@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from actors.inference import InferenceReport
 from actors.rollout import RolloutReport
 from common.config import Config, to_dict
 from common.metrics import Aggregator, summarize_episodes
@@ -30,6 +31,7 @@ from deploy.saving import SAVE_REPLAY_SECONDS, SAVE_SECONDS, Saver
 from deploy.signals import Interrupted
 from deploy.supervision import (
     EVALUATOR,
+    INFERENCE,
     LEARNER,
     METRICS,
     REPLAY,
@@ -47,17 +49,20 @@ logger = logging.getLogger(__name__)
 _RATE_SECONDS = 15.0  # window of the rates that are shown
 _SLICE_END_SECONDS = 30.0  # longest wait for the slices in flight when a run ends
 _ONE_SIGNAL_SECONDS = 1.0  # `timeout` and terminals may deliver one wish to stop as several signals
-_LOOK_SECONDS = 1.0  # between two looks at the replay server, which nobody else asks for anything
+_LOOK_SECONDS = 1.0  # between two looks at servers, which the driver asks for nothing else
 
 
 class Workers(Protocol):
     """Where the parts of a run live. Each method starts its part; what is left of an earlier one goes."""
 
     watched: bool  # whether a part that hangs can be ended and replaced
+    central: bool  # whether one server decides for all actors
 
     def replay(self) -> Proxy: ...
 
     def learner(self) -> Proxy: ...
+
+    def inference(self) -> Proxy: ...
 
     def evaluator(self) -> Proxy: ...
 
@@ -141,6 +146,10 @@ class Driver:
         logger.info("learner compiled in %.0f s on %s", started.compile_seconds, started.backend)
         # Nobody acts or learns before the evaluator is up: its first evaluation is of the untrained policy.
         self._parts.ask(EVALUATOR, "refresh", unless=self._interrupted)
+        if self._workers.central:
+            self._parts.launch(
+                INFERENCE, self._workers.inference, lambda: self._parts.call(INFERENCE, "start")
+            )
         if self._evaluation_is_due():
             self._evaluate()
         self._acting = self._learning = True
@@ -204,6 +213,9 @@ class Driver:
         self._saver.interrupted()
         self._replay_ready, self._replay_traffic = True, None
 
+    def _begin_inference(self) -> None:
+        self._parts.call(INFERENCE, "start")
+
     def _begin_learner(self) -> None:
         self._saver.interrupted()
         self._episodes[:0], self._shown = self._shown, []
@@ -236,9 +248,9 @@ class Driver:
             if now - self._logged_at >= self._cfg.logging.every_seconds:
                 self._log_row()
             self._saver.save_if_due()
-            if now - self._looked_at >= _LOOK_SECONDS and not self._parts.busy({REPLAY}):
+            if now - self._looked_at >= _LOOK_SECONDS:
                 self._looked_at = now
-                self._parts.call(REPLAY, "info", then=self._looked_at_replay)
+                self._look_at_servers()
             if self._evaluation_is_due():
                 self._evaluate()
 
@@ -251,7 +263,7 @@ class Driver:
         if not self._acting or remaining <= 0:
             return
         share = max(1, remaining // len(self._actors))
-        self._call_slice(name, share, then=lambda report: self._acted(name, report))
+        self._call_slice(name, share, self._version, then=lambda report: self._acted(name, report))
 
     def _call_slice(self, name: str, *args: Any, then: Callable[[Any], None]) -> None:
         seconds = self._cfg.actors.slice_seconds
@@ -269,7 +281,10 @@ class Driver:
         for episode in report.episodes:
             self._record("episode", episode)
         self._rows.mean(report.stats)
-        self._rows.mean({"time/actors_waiting": report.waited_seconds / max(report.seconds, 1e-9)})
+        seconds = max(report.seconds, 1e-9)
+        self._rows.mean({"time/actors_waiting": report.waited_seconds / seconds})
+        if self._cfg.actors.max_staleness:
+            self._rows.mean({"time/actors_paused": report.paused_seconds / seconds})
         if report.version:
             self._rows.mean({"replay/staleness": max(0, self._version - report.version)})
         self._act(name)
@@ -293,6 +308,17 @@ class Driver:
             self._status.multiplier = report.metrics["safety/multiplier"]
             self._rows.last({"safety/multiplier": report.metrics["safety/multiplier"]})
         self._learn()
+
+    def _look_at_servers(self) -> None:
+        if not self._parts.busy({REPLAY}):
+            self._parts.call(REPLAY, "info", then=self._looked_at_replay)
+        if self._workers.central and not self._parts.busy({INFERENCE}):
+            self._parts.call(INFERENCE, "report", then=self._looked_at_inference)
+
+    def _looked_at_inference(self, report: InferenceReport) -> None:
+        self._rows.mean(report.metrics)
+        if report.requests:
+            self._parts.progressed(INFERENCE)
 
     def _looked_at_replay(self, info: ReplayInfo) -> None:
         self._rows.last({"replay/size": info.size})
@@ -411,6 +437,8 @@ class Driver:
         for name in self._actors:
             self._parts.call(name, "finish")
         self._drain(set(self._actors))
+        if self._workers.central:
+            self._parts.retire({INFERENCE})
         self._learning = False
         self._drain({LEARNER, REPLAY})
         self._hand_over_last_episodes()

@@ -10,12 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from actors.inference import Answer, Request
 from common.config import Config
 from common.metrics import MetricsWriter
 from common.types import EnvSpec, replay_spec
 from deploy import run_dir as runs
+from deploy import wiring
 from deploy.weights import Holder
-from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
+from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
 from replay.process import spawn_server
 from replay.server import free_port
 
@@ -27,13 +29,18 @@ class ThreadProxy:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._target = self._executor.submit(make)
 
+    @property
+    def target(self) -> Any:
+        """The object, as soon as it is made."""
+        return self._target.result()
+
     def call(self, method: str, *args: Any) -> Future[Any]:
-        return self._executor.submit(lambda: getattr(self._target.result(), method)(*args))
+        return self._executor.submit(lambda: getattr(self.target, method)(*args))
 
     def close(self) -> None:
         """Tells the object to stop, also in the middle of a call, closes it there and ends the thread."""
         if not self._target.done() or self._target.exception() is None:
-            target = self._target.result()
+            target = self.target
             if hasattr(target, "stop"):
                 target.stop()  # only sets a flag; `close` must not run beside the call that it shortens
             if hasattr(target, "close"):
@@ -65,6 +72,19 @@ class _Replay:
         return self._server.messages
 
 
+class _Client:
+    """An `actors.inference.InferenceClient` of a server in this process, also of the one after it."""
+
+    def __init__(self, server: Callable[[], InferenceWorker]):
+        self._server = server
+
+    def ask(self, request: Request) -> Answer:
+        return self._server().act(request)
+
+    def version(self) -> int:
+        return self._server().version()
+
+
 class InlineWorkers:
     """The `deploy.driver.Workers` of one process."""
 
@@ -72,6 +92,7 @@ class InlineWorkers:
 
     def __init__(self, cfg: Config, spec: EnvSpec, run: Path):
         self._cfg, self._spec, self._run = cfg, spec, run
+        self.central = wiring.central_inference(cfg, gpus=0)
         self._holder = Holder()
         self._port = cfg.replay.port or free_port()
         self._address = f"localhost:{self._port}"
@@ -91,8 +112,12 @@ class InlineWorkers:
         arguments = (self._run, self._cfg.logging, cfg, resume_env_steps)
         return self._start("metrics", lambda: MetricsWriter(*arguments))
 
+    def inference(self) -> ThreadProxy:
+        return self._start("inference", lambda: InferenceWorker(self._cfg, self._spec, self._holder))
+
     def actor(self, index: int, life: int, prefill: int) -> ThreadProxy:
-        arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill)
+        client = _Client(lambda: self._proxies["inference"].target) if self.central else None
+        arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill, client)
         return self._start(f"actor{index}", lambda: ActorWorker(*arguments))
 
     def close(self) -> None:

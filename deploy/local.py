@@ -5,25 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from actors.inference import Answer, Request
 from common import memory
 from common.config import Config
 from common.metrics import MetricsWriter
 from common.types import EnvSpec, UserError, replay_spec
 from deploy import run_dir as runs
-from deploy import signals
+from deploy import signals, wiring
+from deploy.accelerators import SHARED_CARD, shares
 from deploy.weights import Holder, RayHolder
-from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
+from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
 from replay.server import ReplayInfo, ReplayServer, free_port
 
 _ROOT = Path(__file__).resolve().parent.parent
 _STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
+_ANSWER_SECONDS = 1.0  # an actor looks up from its wait for a decision this often
+_PAUSE_SECONDS = 0.2  # before it asks a server again that is gone
+_LATE, _GONE = object(), object()
+_SPARE_CALLS = 4  # of the driver, and of actors that are being replaced
 
 # Actors share the machine with the learner, and small policies gain nothing from more threads.
 _ON_CPU = {"JAX_PLATFORMS": "cpu"}
@@ -83,9 +90,45 @@ class _Learner(LearnerWorker):
         super().__init__(cfg, spec, run, RayHolder(holder), address)
 
 
+class _Inference(InferenceWorker):
+    def __init__(self, cfg: Config, spec: EnvSpec, holder: Any):
+        super().__init__(cfg, spec, RayHolder(holder))
+
+
+class _Client:
+    """An `actors.inference.InferenceClient` of a server in a Ray actor, also of its later lives."""
+
+    def __init__(self, handle: Any):
+        self._handle = handle
+        self._asked: Any = None  # an answer that has not come yet
+
+    def ask(self, request: Request) -> Answer | None:
+        if self._asked is None:
+            self._asked = self._handle.act.remote(request)
+        answer = self._get(self._asked)
+        if answer is not _LATE:
+            self._asked = None
+        return None if answer is _LATE or answer is _GONE else answer
+
+    def version(self) -> int | None:
+        version = self._get(self._handle.version.remote())
+        return None if version is _LATE or version is _GONE else version
+
+    @staticmethod
+    def _get(reference: Any) -> Any:
+        try:
+            return ray.get(reference, timeout=_ANSWER_SECONDS)
+        except GetTimeoutError:
+            return _LATE
+        except RayActorError:  # until it has come back
+            time.sleep(_PAUSE_SECONDS)
+            return _GONE
+
+
 class _Actor(ActorWorker):
-    def __init__(self, cfg: Config, spec: EnvSpec, holder: Any, *rest: Any):
-        super().__init__(cfg, spec, RayHolder(holder), *rest)
+    def __init__(self, cfg: Config, spec: EnvSpec, holder: Any, server: Any, *rest: Any):
+        client = None if server is None else _Client(server)
+        super().__init__(cfg, spec, RayHolder(holder), *rest, server=client)
 
 
 class _Evaluator(EvaluatorWorker):
@@ -106,11 +149,15 @@ class RayWorkers:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             start_ray()
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        self.central = wiring.central_inference(cfg, gpus)
+        self._shares = shares(gpus, cfg.learner.devices, self.central)
         self._handles: dict[str, Any] = {}
         self._port = cfg.replay.port or free_port()
         self._address = f"{ray.util.get_node_ip_address()}:{self._port}"
         # What it holds comes back with the next version: Ray may restart it by itself.
         self._holder = self._start("holder", Holder, max_restarts=-1)
+        self._server: Any = None  # decides for all actors
 
     def replay(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run / runs.REPLAY, self._run / runs.REPLAY_LOG, self._port)
@@ -123,21 +170,50 @@ class RayWorkers:
                 "learner",
                 _Learner,
                 *arguments,
-                env=memory.KEEP_FREED,
-                num_gpus=_gpus(self._cfg.learner.devices),
+                env=memory.KEEP_FREED | _card(self._shares.learner),
+                num_gpus=self._shares.learner,
             )
         )
 
     def evaluator(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._holder)
-        return RayProxy(self._start("evaluator", _Evaluator, *arguments, env=_ON_CPU | _ONE_THREAD))
+        share = self._shares.evaluator
+        env = _card(share) if share else _ON_CPU | _ONE_THREAD
+        return RayProxy(self._start("evaluator", _Evaluator, *arguments, env=env, num_gpus=share))
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> RayProxy:
         arguments = (self._run, self._cfg.logging, cfg, resume_env_steps)
         return RayProxy(self._start("metrics", MetricsWriter, *arguments))
 
+    def inference(self) -> RayProxy:
+        """Actors hold its handle: it is always the same one, whose process is replaced."""
+        if self._server is None:
+            self._server = self._start(
+                "inference",
+                _Inference,
+                self._cfg,
+                self._spec,
+                self._holder,
+                env=_card(self._shares.inference),
+                num_gpus=self._shares.inference,
+                max_restarts=-1,
+                max_concurrency=self._cfg.actors.count + _SPARE_CALLS,
+            )
+        else:
+            ray.kill(self._server, no_restart=False)
+        return RayProxy(self._server)
+
     def actor(self, index: int, life: int, prefill: int) -> RayProxy:
-        arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill)
+        arguments = (
+            self._cfg,
+            self._spec,
+            self._holder,
+            self._server,
+            self._address,
+            index,
+            life,
+            prefill,
+        )
         return RayProxy(self._start(f"actor{index}", _Actor, *arguments, env=_ON_CPU | _ONE_THREAD))
 
     def close(self) -> None:
@@ -190,10 +266,9 @@ def start_ray() -> None:
         ) from error
 
 
-def _gpus(devices: int) -> int:
-    """GPUs that the learner gets of those there are: `devices`, or all for 0; none where it uses the CPU."""
-    there = int(ray.cluster_resources().get("GPU", 0))
-    return min(devices or there, there)
+def _card(share: float) -> dict[str, str]:
+    """Environment of a process with this share of GPUs."""
+    return SHARED_CARD if 0 < share < 1 else {}
 
 
 def _settle(answer: Future[Any], done: Future[Any]) -> None:

@@ -32,6 +32,8 @@ RESUMABLE = (
     "backend",
     "actors.count",
     "actors.slice_seconds",
+    "actors.max_staleness",
+    "inference",
     "learner.devices",
     "evaluation",
     "checkpoint",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from actors.evaluate import evaluation_seeds
+from actors.inference import Inference, InferenceClient, InferenceServer, LocalInference, RemoteInference
 from actors.rollout import Rollout
 from actors.safety_gym import env_spec
 from actors.tasks import cameras
@@ -201,6 +202,26 @@ def published_policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
     return Policy(init, lambda leaves, *rest: act(jax.tree.unflatten(structure, leaves), *rest))
 
 
+def central_inference(cfg: Config, gpus: int) -> bool:
+    """Whether one server decides for all actors, where there are so many GPUs."""
+    if cfg.inference.mode == "auto":
+        return gpus > 0 and cfg.policy == "planner" and cfg.size == "paper"
+    return cfg.inference.mode == "server"
+
+
+def inference_server(cfg: Config, spec: EnvSpec, source: ParamSource) -> InferenceServer:
+    """Decides for the environments of all actors."""
+    return InferenceServer(
+        published_policy(cfg, spec, explore=True),
+        source,
+        spec.obs,
+        actors=cfg.actors.count,
+        envs=cfg.actors.envs,
+        max_batch=cfg.inference.max_batch,
+        max_wait_ms=cfg.inference.max_wait_ms,
+    )
+
+
 def rollout(
     cfg: Config,
     spec: EnvSpec,
@@ -210,10 +231,12 @@ def rollout(
     actor: int,
     life: int,
     prefill: int,
+    server: InferenceClient | None = None,
 ) -> Rollout:
     """One actor's acting loop.
 
     Args:
+        source: of parameters with which it decides by itself, unless there is a `server` to ask.
         actor: its number.
         life: how often it was started before (or the run's env steps at a resume): every life sees
             layouts and noise of its own.
@@ -228,8 +251,21 @@ def rollout(
         seed,
         cameras=cfg.env.cameras,
     )
-    acting = published_policy(cfg, spec, explore=True)
-    return Rollout(env, acting, source, writers, seed=seed, name=f"actor{actor}", random_steps=prefill)
+    inference: Inference
+    if server is None:
+        policy = published_policy(cfg, spec, explore=True)
+        inference = LocalInference(policy, source, spec.obs, cfg.actors.envs, seed)
+    else:
+        inference = RemoteInference(server, actor, seed)
+    return Rollout(
+        env,
+        inference,
+        writers,
+        seed=seed,
+        name=f"actor{actor}",
+        random_steps=prefill,
+        max_staleness=cfg.actors.max_staleness,
+    )
 
 
 def evaluation_env(cfg: Config, seed: int, episodes: int, *, render: bool = False) -> SafetyVectorEnv:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from actors.evaluate import evaluate
+from actors.inference import InferenceClient
 from actors.rollout import RolloutReport
 from common.config import Config
-from common.types import Batch, EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
+from common.types import Array, Batch, EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
 from deploy import run_dir as runs
 from deploy import warm_start, wiring
 from deploy.warm_start import WarmStart
@@ -56,6 +58,36 @@ def count_mixed(batch: Batch) -> int:
     return int((batch["is_first"][:, 1:] != batch["is_last"][:, :-1]).any(1).sum())
 
 
+class Ages:
+    """How old the parameters are by now that acted in the batches, in versions and in seconds."""
+
+    def __init__(self) -> None:
+        self._versions, self._times = np.zeros(0, np.int64), np.zeros(0)  # published, ascending
+        self._seen: list[tuple[float, float]] = []
+
+    def published(self, version: int) -> None:
+        self._versions = np.append(self._versions, version)
+        self._times = np.append(self._times, time.monotonic())
+
+    def see(self, versions: Array) -> None:
+        """Takes the versions [B, T] of a batch; random actions (version 0) have no age."""
+        acted = versions[versions > 0]
+        if acted.size and self._versions.size:
+            # What an earlier life of the learner has published counts as old as this life's first.
+            found = np.maximum(np.searchsorted(self._versions, acted, "right") - 1, 0)
+            self._seen.append(
+                ((self._versions[-1] - acted).mean(), time.monotonic() - self._times[found].mean())
+            )
+
+    def pop(self) -> dict[str, float]:
+        """Means since the last call."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return {}
+        versions, seconds = np.mean(seen, 0)
+        return {"replay/age_versions": float(versions), "replay/age_seconds": float(seconds)}
+
+
 class LearnerWorker:
     """Learner and sampler in one process."""
 
@@ -64,7 +96,8 @@ class LearnerWorker:
         self._run_dir, self._checkpoints = run, run / runs.CHECKPOINTS
         self._sampler: BatchSampler | None = None
         self._mixed = 0
-        self._learner = Learner(wiring.train_step(cfg, spec), self._next_batch, store.put, run)
+        self._ages = Ages()
+        self._learner = Learner(wiring.train_step(cfg, spec), self._next_batch, self._publish, run)
 
     def start(self, resume: bool) -> Started:
         """Restores, compiles, publishes the first version. Call it once, before anything else."""
@@ -88,6 +121,7 @@ class LearnerWorker:
     def run(self, seconds: float, episodes: Sequence[EpisodeResult], env_steps: int) -> LearnerReport:
         report = self._learner.run(seconds, episodes, env_steps)
         report.metrics["replay/mixed"] = self._mixed
+        report.metrics |= self._ages.pop()
         return report
 
     def save(self, meta: dict[str, Any]) -> None:
@@ -105,7 +139,25 @@ class LearnerWorker:
         batch = self._sampler.next(timeout)
         if batch is not None:
             self._mixed += count_mixed(batch)
+            self._ages.see(batch["version"])
         return batch
+
+    def _publish(self, version: int, params: Params) -> None:
+        self._ages.published(version)
+        self._store.put(version, params)
+
+
+class InferenceWorker:
+    """Decides for all actors."""
+
+    def __init__(self, cfg: Config, spec: EnvSpec, source: ParamSource):
+        self._server = wiring.inference_server(cfg, spec, source)
+        self.act, self.version, self.report = self._server.act, self._server.version, self._server.report
+        self.stop = self._server.close  # from any thread
+
+    def start(self) -> None:
+        """Waits for the first parameters and compiles."""
+        self._server.start(_FIRST_PARAMS_SECONDS)
 
 
 class ActorWorker:
@@ -120,6 +172,7 @@ class ActorWorker:
         actor: int,
         life: int,
         prefill: int,
+        server: InferenceClient | None = None,
     ):
         self._deadline = 0.0
         self._stopped = threading.Event()
@@ -129,15 +182,18 @@ class ActorWorker:
             StreamWriter(address, signature, cfg.replay, length, should_stop=self._overdue)
             for _ in range(cfg.actors.envs)
         ]
-        self._rollout = wiring.rollout(cfg, spec, source, writers, actor=actor, life=life, prefill=prefill)
+        self._rollout = wiring.rollout(
+            cfg, spec, source, writers, actor=actor, life=life, prefill=prefill, server=server
+        )
 
     def start(self) -> None:
         """Waits for the first parameters and compiles."""
         self._rollout.warm_up(_FIRST_PARAMS_SECONDS)
 
-    def run(self, seconds: float, max_env_steps: int) -> RolloutReport:
+    def run(self, seconds: float, max_env_steps: int, newest: int) -> RolloutReport:
+        """Acts for a while; `newest` is the version of the newest parameters that the driver knows of."""
         self._deadline = time.monotonic() + seconds + _GRACE_SECONDS
-        return self._rollout.run(seconds, max_env_steps, self._stopped.is_set)
+        return self._rollout.run(seconds, max_env_steps, self._stopped.is_set, newest)
 
     def finish(self) -> None:
         """Sends the last windows to replay and frees the environments."""

@@ -34,6 +34,7 @@ FLAGS: Dict[str, Any] = {
     "actors.count": 2,
     "actors.envs": 2,
     "actors.slice-seconds": 0.3,
+    "inference.mode": "server",
     "world-model.deter": 16,
     "world-model.units": 16,
     "world-model.stoch": 2,
@@ -68,6 +69,7 @@ TITLES = {
     "actor": "ray::_Actor",
     "learner": "ray::_Learner",
     "replay": "ray::_Replay",
+    "inference": "ray::_Inference",
     "evaluator": "ray::_Evaluator",
     "metrics": "ray::MetricsWriter",
     "holder": "ray::Holder",
@@ -292,7 +294,7 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         say(f"{name}: {figures[name]}")
 
     with victim(run) as broken, ThreadPoolExecutor(1) as pool:
-        for name in ("actor", "evaluator", "metrics"):
+        for name in ("actor", "inference", "evaluator", "metrics"):
             note("killed " + name, broken.recover(name))
         broken.part("holder").kill()
         note("killed holder", broken.await_training())

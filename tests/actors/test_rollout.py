@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from actors import rollout as module
+from actors.inference import LocalInference
 from actors.rollout import EpisodeMeter, Rollout
 from common.types import ArraySpec, EnvSpec, Policy, Step, replay_spec
 
@@ -100,7 +100,9 @@ def make(num_envs: int = 3, **options: Any) -> tuple[Rollout, ScriptedEnv, list[
     env, source = ScriptedEnv(num_envs), options.pop("source", None) or Source()
     writers = [ListWriter() for _ in range(num_envs)]
     arguments = {"policy": POLICY, "seed": 0, "name": "actor7"} | options
-    rollout = Rollout(env, arguments.pop("policy"), source, writers, **arguments)
+    policy, seed = arguments.pop("policy"), arguments["seed"]
+    inference = arguments.pop("inference", None) or LocalInference(policy, source, SPEC.obs, num_envs, seed)
+    rollout = Rollout(env, inference, writers, **arguments)
     rollout.warm_up(1.0)
     return rollout, env, writers, source
 
@@ -197,7 +199,7 @@ def test_random_steps_come_first_and_the_policy_begins_afresh():
 
 
 def test_newer_parameters_are_taken_up_between_two_decisions(monkeypatch):
-    monkeypatch.setattr(module, "_REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("actors.inference._REFRESH_SECONDS", 0.0)
     rollout, _, writers, source = make(source=Source({1: 0.0, 2: 50.0}))
     rollout.run(60.0, 10**6, steps(2))
     source.newest = 2
@@ -221,9 +223,52 @@ def test_the_holder_is_not_asked_at_every_decision():
 def test_warming_up_waits_for_the_first_parameters_only_so_long():
     source = Source()
     source.newest = None
-    rollout = Rollout(ScriptedEnv(), POLICY, source, [], seed=0, name="a")
+    env = ScriptedEnv()
+    inference = LocalInference(POLICY, source, SPEC.obs, env.num_envs, 0)
+    rollout = Rollout(env, inference, [], seed=0, name="a")
     with pytest.raises(TimeoutError, match="no parameters were published within 0 s"):
         rollout.warm_up(0.1)
+
+
+def test_who_is_too_far_behind_the_newest_parameters_pauses_until_it_has_caught_up(monkeypatch):
+    monkeypatch.setattr("actors.inference._REFRESH_SECONDS", 0.0)
+    rollout, env, _, source = make(source=Source({1: 0.0, 5: 50.0}), max_staleness=3)
+    assert rollout.run(60.0, 10**6, steps(2), newest=4).agent_steps > 0  # three versions behind will do
+    before = len(env.seen)
+    report = rollout.run(0.3, 10**6, newest=5)
+    assert (report.agent_steps, len(env.seen)) == (0, before)
+    assert 0.2 < report.paused_seconds <= report.seconds
+    source.newest = 5
+    report = rollout.run(60.0, 10**6, steps(2), newest=5)
+    assert report.agent_steps > 0
+    assert (report.paused_seconds, report.version) == (0, 5)
+
+
+def test_random_actions_are_never_too_old():
+    rollout, env, _, _ = make(max_staleness=1, random_steps=6)
+    rollout.run(60.0, 10**6, steps(2), newest=9)
+    assert len(env.seen) == 2
+
+
+def test_a_step_waits_for_its_decision_and_is_neither_lost_nor_repeated():
+    class Slow(LocalInference):
+        """Answers every third time."""
+
+        asked = 0
+
+        def act(self, *args: Any) -> Any:
+            self.asked += 1
+            return None if self.asked % 3 else super().act(*args)
+
+    policy = (POLICY, Source(), SPEC.obs, 3, 0)
+    rollout, env, writers, _ = make(inference=Slow(*policy))
+    slow = sum(rollout.run(60.0, 10**6, steps(3 * n)).agent_steps for n in (1, 2, 1))
+    whole, _, expected, _ = make(inference=LocalInference(*policy))
+    assert whole.run(60.0, 10**6, steps(4)).agent_steps == slow
+    assert len(env.seen) == 4
+    for writer, other in zip(writers, expected, strict=True):
+        for name in writer.steps[0]:
+            np.testing.assert_array_equal(writer.column(name), other.column(name))
 
 
 @pytest.mark.parametrize("policy", [NOISE, POLICY])

@@ -22,7 +22,9 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.parametrize("part", ["actor", "evaluator", "metrics", "holder", "replay", "learner"])
+@pytest.mark.parametrize(
+    "part", ["actor", "inference", "evaluator", "metrics", "holder", "replay", "learner"]
+)
 def test_a_killed_part_comes_back(figures, part):
     assert figures[f"killed {part}"]["seconds"] < faults.PATIENCE
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from actors.inference import InferenceReport
 from actors.rollout import RolloutReport
 from common.config import Config, from_dict
 from common.status import Status
@@ -78,6 +79,7 @@ class FakeWorkers:
 
     def __init__(self) -> None:
         self.watched = True
+        self.central = False
         self.calls: list[tuple[str, str, tuple]] = []
         self.launched: list[tuple[int, int, int]] = []  # (index, life, prefill)
         self.metrics_at: list[int | None] = []
@@ -89,6 +91,9 @@ class FakeWorkers:
 
     def learner(self) -> Part:
         return Part("learner", self)
+
+    def inference(self) -> Part:
+        return Part("inference", self)
 
     def evaluator(self) -> Part:
         return Part("evaluator", self)
@@ -125,7 +130,10 @@ class FakeWorkers:
         self.updates += 1
         return LearnerReport(self.updates, BATCH_STEPS, 0.01, 0.0, self.updates)
 
-    def actor_run(self, seconds: float, max_env_steps: int) -> RolloutReport:
+    def inference_report(self) -> InferenceReport:
+        return InferenceReport(1, 3, {"inference/batch": 4.0})
+
+    def actor_run(self, seconds: float, max_env_steps: int, newest: int) -> RolloutReport:
         time.sleep(0.002)
         return RolloutReport(env_steps=min(SLICE, max_env_steps), agent_steps=6, seconds=0.01, version=1)
 

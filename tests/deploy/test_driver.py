@@ -93,13 +93,13 @@ def test_a_run_counts_saves_and_evaluates_once_at_its_end(workers):
 
 def test_actors_are_asked_for_no_more_than_what_is_left(workers):
     drive(workers, config(env_steps=100, actors={"count": 1, "slice_seconds": 0.01}))
-    assert workers.of("actor0", "run") == [(0.01, 100), (0.01, 70), (0.01, 40), (0.01, 10)]
+    assert [args[:2] for args in workers.of("actor0", "run")] == [(0.01, n) for n in (100, 70, 40, 10)]
 
 
 def test_actors_share_what_is_left(workers):
     drive(workers, config(env_steps=100))
-    assert workers.of("actor0", "run")[0] == workers.of("actor1", "run")[0] == (0.01, 50)
-    assert min(share for part, method, (_, share) in runs_of_actors(workers)) >= 1
+    assert workers.of("actor0", "run")[0][:2] == workers.of("actor1", "run")[0][:2] == (0.01, 50)
+    assert min(share for part, method, (_, share, _) in runs_of_actors(workers)) >= 1
 
 
 def runs_of_actors(workers: FakeWorkers) -> list[tuple[str, str, tuple]]:
@@ -156,10 +156,10 @@ def test_replay_is_saved_only_where_it_shall_be(workers):
 def test_a_failing_actor_is_started_anew_and_the_others_go_on(workers):
     failures = iter([RuntimeError("the simulator broke")] * 2)
 
-    def run(seconds: float, share: int) -> RolloutReport:
+    def run(seconds: float, share: int, newest: int) -> RolloutReport:
         for error in failures:
             raise error
-        return workers.actor_run(seconds, share)
+        return workers.actor_run(seconds, share, newest)
 
     workers.on["actor1", "run"] = run
     outcome = drive(workers, config(env_steps=3_000))
@@ -186,10 +186,10 @@ def test_an_actor_that_fails_again_and_again_ends_the_run_with_a_checkpoint(work
 def test_failures_count_in_a_row_only(workers):
     calls = iter(range(1000))
 
-    def run(seconds: float, share: int) -> RolloutReport:
+    def run(seconds: float, share: int, newest: int) -> RolloutReport:
         if next(calls) % 2:
             raise RuntimeError("every other time")
-        return workers.actor_run(seconds, share)
+        return workers.actor_run(seconds, share, newest)
 
     workers.on["actor1", "run"] = run
     assert drive(workers, config(env_steps=5_000)).counters.restarts > 4
@@ -222,10 +222,10 @@ def test_a_learner_error_ends_the_run_after_an_attempt_to_save(workers, save_fai
 
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_saves_and_ends_the_run(workers, number):
-    def run(seconds: float, share: int) -> RolloutReport:
+    def run(seconds: float, share: int, newest: int) -> RolloutReport:
         if len(workers.of("actor0", "run")) == 3:
             os.kill(os.getpid(), number)
-        return workers.actor_run(seconds, share)
+        return workers.actor_run(seconds, share, newest)
 
     workers.on["actor0", "run"] = run
     outcome = drive(workers, config(env_steps=10**6))
@@ -241,10 +241,10 @@ def test_a_signal_saves_and_ends_the_run(workers, number):
 
 
 def test_the_same_signal_twice_at_once_is_one_wish(workers):
-    def run(seconds: float, share: int) -> RolloutReport:
+    def run(seconds: float, share: int, newest: int) -> RolloutReport:
         for _ in range(2):  # `timeout` signals its child, then the child's group
             os.kill(os.getpid(), signal.SIGTERM)
-        return workers.actor_run(seconds, share)
+        return workers.actor_run(seconds, share, newest)
 
     workers.on["actor0", "run"] = run
     assert drive(workers).signal == signal.SIGTERM
@@ -256,7 +256,7 @@ def test_a_second_signal_leaves_without_saving(workers, monkeypatch, seconds):
     monkeypatch.setattr(driver_module, "_ONE_SIGNAL_SECONDS", 0.0)
     me = os.getpid()
 
-    def run(seconds_: float, share: int) -> Future[Any]:
+    def run(seconds_: float, share: int, newest: int) -> Future[Any]:
         os.kill(me, signal.SIGINT)
         if seconds:
             threading.Timer(seconds, os.kill, [me, signal.SIGTERM]).start()
@@ -314,10 +314,10 @@ def test_resuming_continues_the_counters(workers):
 
 
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_at_the_resume(workers):
-    def run(seconds: float, share: int) -> RolloutReport:
+    def run(seconds: float, share: int, newest: int) -> RolloutReport:
         if workers.of("evaluator", "evaluate"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return workers.actor_run(seconds, share)
+        return workers.actor_run(seconds, share, newest)
 
     workers.on["actor0", "run"] = run
     workers.on["evaluator", "evaluate"] = lambda episodes: Future()
@@ -359,7 +359,7 @@ def test_every_episode_reaches_learner_and_metrics_exactly_once(workers, interru
     """Also those of the slices that are still in flight when the run ends."""
     sent: list[EpisodeResult] = []
 
-    def run(seconds: float, share: int) -> Future[Any]:
+    def run(seconds: float, share: int, newest: int) -> Future[Any]:
         if interrupted and len(sent) == 20:
             os.kill(os.getpid(), signal.SIGTERM)
         episodes = [episode(len(sent)), episode(len(sent) + 1)]

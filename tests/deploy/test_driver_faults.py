@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from actors.inference import InferenceReport
 from actors.rollout import RolloutReport
 from common.types import EpisodeResult, UserError
+from deploy import driver
 from deploy.workers import Started
 from learner.learner import LearnerReport
 from replay.server import ReplayInfo
@@ -72,9 +74,9 @@ def test_episodes_that_a_dead_learner_was_shown_are_shown_to_the_next(workers):
     sent: list[EpisodeResult] = []
     kept: list[EpisodeResult] = []
 
-    def act(seconds: float, share: int) -> RolloutReport:
+    def act(seconds: float, share: int, newest: int) -> RolloutReport:
         sent.append(episode(len(sent)))
-        report = workers.actor_run(seconds, share)
+        report = workers.actor_run(seconds, share, newest)
         return dataclasses.replace(report, episodes=sent[-1:])
 
     def learn(seconds: float, episodes: list[EpisodeResult], env_steps: int) -> LearnerReport:
@@ -144,8 +146,8 @@ def test_a_part_that_dies_while_the_run_ends_is_asked_again(workers, part, metho
 def test_a_part_that_is_silent_is_replaced_and_shown_as_down(workers):
     answers = itertools.count(1)
 
-    def run(seconds: float, share: int) -> Any:
-        return Future() if next(answers) == 3 else workers.actor_run(seconds, share)
+    def run(seconds: float, share: int, newest: int) -> Any:
+        return Future() if next(answers) == 3 else workers.actor_run(seconds, share, newest)
 
     workers.on["actor1", "run"] = run
     workers.on["actor0", "run"] = lambda *args: in_a_while(RolloutReport(), 0.05)  # does not end the run
@@ -167,3 +169,28 @@ def test_a_crash_loop_of_any_part_ends_the_run(workers, part):
     workers.on["actor", "run"] = lambda *args: in_a_while(RolloutReport(env_steps=5, agent_steps=1), 0.02)
     with pytest.raises(UserError, match=f"{part} failed 4 times in a row: {part} is broken"):
         drive(workers, config(env_steps=10**6, evaluation={"every": 10, "episodes": 1, "final_episodes": 1}))
+
+
+def test_a_failed_inference_server_is_replaced_and_what_it_reports_is_logged(workers, monkeypatch):
+    monkeypatch.setattr(driver, "_LOOK_SECONDS", 0.02)
+    workers.central = True
+    answers = iter(range(1000))
+
+    def report() -> Any:
+        if next(answers) == 1:
+            return RuntimeError("out of memory")
+        return InferenceReport(1, 3, {"inference/batch": 4})
+
+    workers.on["inference", "report"] = lambda: in_a_while(report(), 0.01)
+    workers.on["actor", "run"] = lambda *args: in_a_while(RolloutReport(env_steps=5, agent_steps=1), 0.02)
+    outcome = drive(workers, config(env_steps=1_500))
+    assert outcome.counters.restarts == 1
+    assert len(workers.of("inference", "start")) == 2
+    assert any(row.get("inference/batch") == 4 for _, row in workers.of("metrics", "write"))
+
+
+def test_actors_are_told_the_newest_version(workers):
+    workers.on["learner", "run"] = lambda *args: in_a_while(LearnerReport(1, 8, 0.01, 0.0, 42), 0.01)
+    workers.on["actor", "run"] = lambda *args: in_a_while(RolloutReport(env_steps=5, agent_steps=1), 0.02)
+    drive(workers)
+    assert {newest for _, _, newest in workers.of("actor0", "run")} == {0, 42}

@@ -42,9 +42,10 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     return [row for row in read_jsonl(run / METRICS) if "eval/return" in row]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed):
-    run, outcome = run_of(tmp_path, seed=seed)
+@pytest.mark.parametrize(("seed", "inference"), [(0, "local"), (1, "local"), (2, "server")])
+def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed, inference):
+    run, outcome = run_of(tmp_path, seed=seed, inference={"mode": inference})
+    assert any("inference/batch" in row for row in read_jsonl(run / METRICS)) == (inference == "server")
     assert outcome.signal is None
     untrained, before, *_, last = evaluations(run)
     assert untrained["env_steps"] == 0
