@@ -43,7 +43,7 @@ lint: setup ## ruff, pyright, import-linter
 pytest: setup ## The tests, or some: ARGS="tests/replay -k round_trip"
 	$(BIN)/pytest $(ARGS)
 
-bench: setup ## Benchmarks, or some: ARGS="environment training planning acting sampling end-to-end"
+bench: setup ## Benchmarks, or some: ARGS="environment training planning acting inference sampling end-to-end"
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 lock: ## Resolve requirements*.in into both locks; ARGS=--upgrade takes newer versions

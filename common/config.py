@@ -67,8 +67,11 @@ class ReplayConfig:
     """Agent steps kept; the oldest leave first."""
     stride: int = 1
     """Agent steps between the starts of stored windows."""
+    shards: int = 1
+    """Replay servers. Actors are spread over them, every batch is drawn from all of them alike, and one that
+    is down holds up its own actors only."""
     port: int = 0
-    """Port of the replay server on this machine; 0 picks a free one."""
+    """Port of the replay server (of the first; others follow it); 0 picks free ones."""
     checkpoint: bool = True
     """Save the replay buffer with every checkpoint."""
     import_mode: Literal["lite", "full"] = "lite"
@@ -544,6 +547,11 @@ def _problems(config: Config) -> Iterable[str]:
     window, capacity = learner.batch_length, config.replay.capacity
     if window * learner.batch_size > capacity:
         yield f"a batch ({learner.batch_size} x {window} steps) does not fit replay.capacity ({capacity})"
+    shards = config.replay.shards
+    if config.actors.count < shards:
+        yield f"replay.shards ({shards}) must not exceed actors.count ({config.actors.count})"
+    if learner.batch_size % shards:
+        yield f"learner.batch_size ({learner.batch_size}) must be a multiple of replay.shards ({shards})"
     if config.inference.max_batch < config.actors.envs:
         yield (
             f"inference.max_batch ({config.inference.max_batch}) must not be below actors.envs "

@@ -34,7 +34,6 @@ from deploy.supervision import (
     INFERENCE,
     LEARNER,
     METRICS,
-    REPLAY,
     TICK_SECONDS,
     Proxy,
     Supervisor,
@@ -58,7 +57,7 @@ class Workers(Protocol):
     watched: bool  # whether a part that hangs can be ended and replaced
     central: bool  # whether one server decides for all actors
 
-    def replay(self) -> Proxy: ...
+    def replay(self, shard: int) -> Proxy: ...
 
     def learner(self) -> Proxy: ...
 
@@ -87,6 +86,8 @@ class Driver:
         self._episodes: list[EpisodeResult] = []  # finished, not yet seen by the learner
         self._shown: list[EpisodeResult] = []  # to the learner, in the slice in flight
         self._actors = {actor_name(index): index for index in range(cfg.actors.count)}
+        # Actor i writes to the replay server i modulo their number.
+        self._replays = replay_names(cfg.replay.shards)
         self._prefill = 0  # random agent steps of an actor in its first life
         self._lives: dict[int, int] = {}
         self._marks: deque[tuple[float, int, int]] = deque()
@@ -98,10 +99,10 @@ class Driver:
         self._evaluating = False
         self._resume = False  # how a learner starts
         self._started: Started | None = None
-        self._replay_ready = False
-        self._replay_traffic: int | None = None  # items in and out, at the last look
-        checkpoint, with_replay = cfg.checkpoint.every_seconds, cfg.replay.checkpoint
-        self._saver = Saver(self._parts, checkpoint, with_replay, self._meta, self._not_saved)
+        self._replays_ready: set[str] = set()
+        self._replay_infos: dict[str, ReplayInfo] = {}  # at the last look
+        every, self._saved_replays = cfg.checkpoint.every_seconds, self._replays * cfg.replay.checkpoint
+        self._saver = Saver(self._parts, every, self._saved_replays, self._meta, self._not_saved)
         self._journal: Journal | None = None
         self._version = 0
         self._clock = self._looked_at = time.monotonic()
@@ -128,8 +129,10 @@ class Driver:
     def _start(self, resume: bool) -> None:
         self._status.phase = "compiling"
         self._resume = resume
-        self._parts.launch(REPLAY, self._workers.replay, self._begin_replay)
-        self._await(lambda: self._replay_ready)
+        for shard, name in enumerate(self._replays):
+            make = partial(self._workers.replay, shard)
+            self._parts.launch(name, make, partial(self._begin_replay, name))
+        self._await(lambda: len(self._replays_ready) == len(self._replays))
         self._parts.launch(LEARNER, self._workers.learner, self._begin_learner)
         self._parts.launch(EVALUATOR, self._workers.evaluator, self._begin_evaluator)
         self._await(lambda: self._started is not None)
@@ -169,7 +172,6 @@ class Driver:
             # The learner counts for itself: a slice may have ended between these counters and its state.
             counters.updates = started.meta["updates"] + counters.lost_updates
             counters.replayed_steps = counters.updates * self._batch_steps
-            self._saver.agent_steps = counters.agent_steps
             self._status.phase = "resuming"
         if self._counters.env_steps >= self._cfg.env_steps:
             raise UserError(
@@ -198,20 +200,19 @@ class Driver:
     def _begin_actor(self, name: str) -> None:
         self._parts.call(name, "start", then=lambda _: self._act(name))
 
-    def _begin_replay(self) -> None:
-        self._parts.call(REPLAY, "start", then=self._replay_started)
+    def _begin_replay(self, name: str) -> None:
+        self._parts.call(name, "start", then=partial(self._replay_started, name))
 
-    def _replay_started(self, messages: list[str]) -> None:
+    def _replay_started(self, name: str, messages: list[str]) -> None:
         for message in messages:
             self._warn(message)
-        if self._replay_ready:
-            counters = self._counters
-            lost = counters.agent_steps - self._saver.agent_steps
-            counters.lost_steps += lost
-            self._saver.agent_steps = counters.agent_steps  # what is lost is not lost once more
-            self._warn(f"replay goes on from its checkpoint: at most {lost} agent steps are lost")
+        if name in self._replays_ready:
+            lost = self._saver.lose(name)
+            self._counters.lost_steps += lost
+            self._warn(f"{name} goes on from its checkpoint: at most {lost} agent steps are lost")
         self._saver.interrupted()
-        self._replay_ready, self._replay_traffic = True, None
+        self._replays_ready.add(name)
+        self._replay_infos.pop(name, None)
 
     def _begin_inference(self) -> None:
         self._parts.call(INFERENCE, "start")
@@ -274,6 +275,7 @@ class Driver:
         counters = self._counters
         counters.env_steps += report.env_steps
         counters.agent_steps += report.agent_steps
+        self._saver.wrote(self._replays[self._actors[name] % len(self._replays)], report.agent_steps)
         if report.env_steps:
             self._parts.progressed(name)
         self._episodes += report.episodes
@@ -310,8 +312,9 @@ class Driver:
         self._learn()
 
     def _look_at_servers(self) -> None:
-        if not self._parts.busy({REPLAY}):
-            self._parts.call(REPLAY, "info", then=self._looked_at_replay)
+        for name in self._replays:
+            if not self._parts.busy({name}):
+                self._parts.call(name, "info", then=partial(self._looked_at_replay, name))
         if self._workers.central and not self._parts.busy({INFERENCE}):
             self._parts.call(INFERENCE, "report", then=self._looked_at_inference)
 
@@ -320,12 +323,12 @@ class Driver:
         if report.requests:
             self._parts.progressed(INFERENCE)
 
-    def _looked_at_replay(self, info: ReplayInfo) -> None:
-        self._rows.last({"replay/size": info.size})
-        traffic = info.inserted + info.sampled
-        if self._replay_traffic is not None and traffic > self._replay_traffic:
-            self._parts.progressed(REPLAY)
-        self._replay_traffic = traffic
+    def _looked_at_replay(self, name: str, info: ReplayInfo) -> None:
+        before = self._replay_infos.get(name)
+        if before is not None and info.inserted + info.sampled > before.inserted + before.sampled:
+            self._parts.progressed(name)
+        self._replay_infos[name] = info
+        self._rows.last({"replay/size": sum(info.size for info in self._replay_infos.values())})
 
     # --- evaluation, checkpoints, rows ------------------------------------------------------------
 
@@ -440,14 +443,14 @@ class Driver:
         if self._workers.central:
             self._parts.retire({INFERENCE})
         self._learning = False
-        self._drain({LEARNER, REPLAY})
+        self._drain({LEARNER, *self._replays})
         self._hand_over_last_episodes()
         if self._signal is None:
             # The final evaluation stands for the periodic one that would be due at once after a resume.
             self._counters.evaluated_at = self._counters.env_steps
         self._ask(LEARNER, "save", self._meta(), patience=SAVE_SECONDS)
-        if self._cfg.replay.checkpoint:
-            self._ask(REPLAY, "checkpoint", patience=SAVE_REPLAY_SECONDS)
+        for name in self._saved_replays:
+            self._ask(name, "checkpoint", patience=SAVE_REPLAY_SECONDS)
         self._update_status()
         self._log_row()
         summary = None
@@ -492,8 +495,8 @@ class Driver:
         self._status.phase = "saving"
         try:
             self._last_call(LEARNER, "save", self._meta(), seconds=SAVE_SECONDS)
-            if self._cfg.replay.checkpoint:
-                self._last_call(REPLAY, "checkpoint", seconds=SAVE_REPLAY_SECONDS)
+            for name in self._saved_replays:
+                self._last_call(name, "checkpoint", seconds=SAVE_REPLAY_SECONDS)
         except Exception as error:
             logger.warning("no last checkpoint could be written: %s", first_words(error))
         metrics = self._parts.proxy(METRICS)
@@ -552,3 +555,8 @@ class Driver:
 def actor_name(index: int) -> str:
     """Of an actor, as a part of a run."""
     return f"actor {index}"
+
+
+def replay_names(count: int) -> list[str]:
+    """Of the replay servers, as parts of a run."""
+    return ["replay"] if count == 1 else [f"replay {shard}" for shard in range(count)]

@@ -13,13 +13,13 @@ from typing import Any
 from actors.inference import Answer, Request
 from common.config import Config
 from common.metrics import MetricsWriter
-from common.types import EnvSpec, replay_spec
+from common.types import EnvSpec
 from deploy import run_dir as runs
 from deploy import wiring
 from deploy.weights import Holder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
 from replay.process import spawn_server
-from replay.server import free_port
+from replay.server import choose_ports
 
 
 class ThreadProxy:
@@ -51,17 +51,11 @@ class ThreadProxy:
 class _Replay:
     """A replay server as a child process, with the calls that the driver makes."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, port: int):
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, shard: int, port: int):
         self._server = spawn_server(
-            replay_spec(spec),
-            cfg.replay,
-            batch_length=cfg.learner.batch_length,
-            train_ratio=cfg.learner.train_ratio,
-            batch_size=cfg.learner.batch_size,
-            min_steps=cfg.learner.prefill,
-            streams=cfg.actors.count * cfg.actors.envs,
+            **wiring.replay_arguments(cfg, spec, shard),
             port=port,
-            checkpoint_dir=run / runs.REPLAY,
+            checkpoint_dir=runs.replay_dir(run, shard, cfg.replay.shards),
             log=run / runs.REPLAY_LOG,
         )
         self.checkpoint, self.info = self._server.checkpoint, self._server.info
@@ -94,15 +88,16 @@ class InlineWorkers:
         self._cfg, self._spec, self._run = cfg, spec, run
         self.central = wiring.central_inference(cfg, gpus=0)
         self._holder = Holder()
-        self._port = cfg.replay.port or free_port()
-        self._address = f"localhost:{self._port}"
+        self._ports = choose_ports(cfg.replay)
+        self._addresses = [f"localhost:{port}" for port in self._ports]
         self._proxies: dict[str, ThreadProxy] = {}
 
-    def replay(self) -> ThreadProxy:
-        return self._start("replay", lambda: _Replay(self._cfg, self._spec, self._run, self._port))
+    def replay(self, shard: int) -> ThreadProxy:
+        arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard])
+        return self._start(f"replay{shard}", lambda: _Replay(*arguments))
 
     def learner(self) -> ThreadProxy:
-        arguments = (self._cfg, self._spec, self._run, self._holder, self._address)
+        arguments = (self._cfg, self._spec, self._run, self._holder, self._addresses)
         return self._start("learner", lambda: LearnerWorker(*arguments))
 
     def evaluator(self) -> ThreadProxy:
@@ -117,7 +112,8 @@ class InlineWorkers:
 
     def actor(self, index: int, life: int, prefill: int) -> ThreadProxy:
         client = _Client(lambda: self._proxies["inference"].target) if self.central else None
-        arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill, client)
+        address = self._addresses[index % len(self._addresses)]
+        arguments = (self._cfg, self._spec, self._holder, address, index, life, prefill, client)
         return self._start(f"actor{index}", lambda: ActorWorker(*arguments))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.inference import Answer, Request
+from actors.rollout import RolloutReport
 from common import memory
 from common.config import Config
 from common.metrics import MetricsWriter
-from common.types import EnvSpec, UserError, replay_spec
+from common.types import EnvSpec, UserError
 from deploy import run_dir as runs
 from deploy import signals, wiring
 from deploy.accelerators import SHARED_CARD, shares
 from deploy.weights import Holder, RayHolder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
-from replay.server import ReplayInfo, ReplayServer, free_port
+from replay.server import ReplayInfo, ReplayServer, choose_ports
 
 _ROOT = Path(__file__).resolve().parent.parent
 _STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
@@ -59,19 +61,13 @@ class RayProxy:
 class _Replay:
     """A replay server in a process of its own; what Reverb says goes to a file, not across the view."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, directory: Path, log: Path, port: int):
-        with open(log, "a") as file:
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, shard: int, port: int):
+        with open(run / runs.REPLAY_LOG, "a") as file:
             os.dup2(file.fileno(), 2)
         self._server = ReplayServer(
-            replay_spec(spec),
-            cfg.replay,
-            batch_length=cfg.learner.batch_length,
-            train_ratio=cfg.learner.train_ratio,
-            batch_size=cfg.learner.batch_size,
-            min_steps=cfg.learner.prefill,
-            streams=cfg.actors.count * cfg.actors.envs,
+            **wiring.replay_arguments(cfg, spec, shard),
             port=port,
-            checkpoint_dir=directory,
+            checkpoint_dir=runs.replay_dir(run, shard, cfg.replay.shards),
         )
 
     def start(self) -> list[str]:
@@ -86,8 +82,8 @@ class _Replay:
 
 
 class _Learner(LearnerWorker):
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, holder: Any, address: str):
-        super().__init__(cfg, spec, run, RayHolder(holder), address)
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, holder: Any, addresses: list[str]):
+        super().__init__(cfg, spec, run, RayHolder(holder), addresses)
 
 
 class _Inference(InferenceWorker):
@@ -96,11 +92,16 @@ class _Inference(InferenceWorker):
 
 
 class _Client:
-    """An `actors.inference.InferenceClient` of a server in a Ray actor, also of its later lives."""
+    """An `actors.inference.InferenceClient` of a server in a Ray actor."""
 
     def __init__(self, handle: Any):
         self._handle = handle
         self._asked: Any = None  # an answer that has not come yet
+
+    def go_to(self, handle: Any) -> None:
+        """The server is this one from now on."""
+        if handle != self._handle:
+            self._handle, self._asked = handle, None
 
     def ask(self, request: Request) -> Answer | None:
         if self._asked is None:
@@ -120,15 +121,34 @@ class _Client:
             return ray.get(reference, timeout=_ANSWER_SECONDS)
         except GetTimeoutError:
             return _LATE
-        except RayActorError:  # until it has come back
+        except RayActorError:  # until the next one is there
             time.sleep(_PAUSE_SECONDS)
             return _GONE
 
 
 class _Actor(ActorWorker):
     def __init__(self, cfg: Config, spec: EnvSpec, holder: Any, server: Any, *rest: Any):
-        client = None if server is None else _Client(server)
-        super().__init__(cfg, spec, RayHolder(holder), *rest, server=client)
+        self._client = None if server is None else _Client(server)
+        super().__init__(cfg, spec, RayHolder(holder), *rest, server=self._client)
+
+    def run_with(self, server: Any, *args: Any) -> RolloutReport:
+        """`run`, with the inference server of now."""
+        if self._client is not None:
+            self._client.go_to(server)
+        return self.run(*args)
+
+
+class _ActorProxy(RayProxy):
+    """Tells an actor with every slice where decisions are made."""
+
+    def __init__(self, handle: Any, server: Callable[[], Any]):
+        super().__init__(handle)
+        self._server = server
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        if method == "run":
+            return super().call("run_with", self._server(), *args)
+        return super().call(method, *args)
 
 
 class _Evaluator(EvaluatorWorker):
@@ -153,18 +173,17 @@ class RayWorkers:
         self.central = wiring.central_inference(cfg, gpus)
         self._shares = shares(gpus, cfg.learner.devices, self.central)
         self._handles: dict[str, Any] = {}
-        self._port = cfg.replay.port or free_port()
-        self._address = f"{ray.util.get_node_ip_address()}:{self._port}"
+        self._ports = choose_ports(cfg.replay)
+        self._addresses = [f"{ray.util.get_node_ip_address()}:{port}" for port in self._ports]
         # What it holds comes back with the next version: Ray may restart it by itself.
         self._holder = self._start("holder", Holder, max_restarts=-1)
-        self._server: Any = None  # decides for all actors
 
-    def replay(self) -> RayProxy:
-        arguments = (self._cfg, self._spec, self._run / runs.REPLAY, self._run / runs.REPLAY_LOG, self._port)
-        return RayProxy(self._start("replay", _Replay, *arguments, env=_ON_CPU))
+    def replay(self, shard: int) -> RayProxy:
+        arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard])
+        return RayProxy(self._start(f"replay{shard}", _Replay, *arguments, env=_ON_CPU))
 
     def learner(self) -> RayProxy:
-        arguments = (self._cfg, self._spec, self._run, self._holder, self._address)
+        arguments = (self._cfg, self._spec, self._run, self._holder, self._addresses)
         return RayProxy(
             self._start(
                 "learner",
@@ -186,9 +205,8 @@ class RayWorkers:
         return RayProxy(self._start("metrics", MetricsWriter, *arguments))
 
     def inference(self) -> RayProxy:
-        """Actors hold its handle: it is always the same one, whose process is replaced."""
-        if self._server is None:
-            self._server = self._start(
+        return RayProxy(
+            self._start(
                 "inference",
                 _Inference,
                 self._cfg,
@@ -196,25 +214,24 @@ class RayWorkers:
                 self._holder,
                 env=_card(self._shares.inference),
                 num_gpus=self._shares.inference,
-                max_restarts=-1,
                 max_concurrency=self._cfg.actors.count + _SPARE_CALLS,
             )
-        else:
-            ray.kill(self._server, no_restart=False)
-        return RayProxy(self._server)
+        )
 
     def actor(self, index: int, life: int, prefill: int) -> RayProxy:
+        server = lambda: self._handles.get("inference")  # noqa: E731
         arguments = (
             self._cfg,
             self._spec,
             self._holder,
-            self._server,
-            self._address,
+            server(),
+            self._addresses[index % len(self._addresses)],
             index,
             life,
             prefill,
         )
-        return RayProxy(self._start(f"actor{index}", _Actor, *arguments, env=_ON_CPU | _ONE_THREAD))
+        handle = self._start(f"actor{index}", _Actor, *arguments, env=_ON_CPU | _ONE_THREAD)
+        return _ActorProxy(handle, server)
 
     def close(self) -> None:
         for name in list(self._handles):

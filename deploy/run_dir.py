@@ -42,6 +42,11 @@ RESUMABLE = (
 )
 
 
+def replay_dir(run: Path, shard: int, shards: int) -> Path:
+    """Where a replay server keeps its checkpoints."""
+    return run / REPLAY if shards == 1 else run / REPLAY / f"shard{shard}"
+
+
 def default_path(cfg: Config) -> Path:
     """runs/<task>/<method>-<size>-seed<seed>-<time> below the current directory."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.types import UserError
-from deploy.supervision import LEARNER, REPLAY, Supervisor, first_words
+from deploy.supervision import LEARNER, Supervisor, first_words
 
 # Longest silence of a part that saves; a large replay buffer takes minutes.
 SAVE_SECONDS = 600.0
@@ -15,10 +16,11 @@ SAVE_REPLAY_SECONDS = 3600.0
 
 
 class Saver:
-    """Saves the learner, then replay, one at a time. A save that fails is left out.
+    """Saves the learner, then the replay servers, one at a time. A save that fails is left out.
 
     Args:
         every_seconds: between the beginnings of two saves.
+        replays: names of the replay servers that are saved.
         meta: what a checkpoint of the learner tells besides its state.
         failed: hears why there is no checkpoint.
     """
@@ -27,15 +29,26 @@ class Saver:
         self,
         parts: Supervisor,
         every_seconds: float,
-        replay: bool,
+        replays: Sequence[str],
         meta: Callable[[], dict[str, Any]],
         failed: Callable[[str], None],
     ):
-        self._parts, self._every, self._replay = parts, every_seconds, replay
+        self._parts, self._every, self._replays = parts, every_seconds, replays
         self._meta, self._failed = meta, failed
         self._began = time.monotonic()
         self._saving = False
-        self.agent_steps = 0  # that the newest checkpoint of replay knows of
+        self._written: Counter[str] = Counter()
+        self._saved: Counter[str] = Counter()
+
+    def wrote(self, replay: str, agent_steps: int) -> None:
+        """So many more agent steps went to that replay server."""
+        self._written[replay] += agent_steps
+
+    def lose(self, replay: str) -> int:
+        """Agent steps, at most, that a replay server has forgotten which goes on from its checkpoint."""
+        lost = self._written[replay] - self._saved[replay]
+        self._saved[replay] = self._written[replay]  # they are not lost once more
+        return lost
 
     def save_if_due(self) -> None:
         """Begins a save without waiting for it. A part that is down shall not replace what it restores."""
@@ -43,22 +56,23 @@ class Saver:
         if self._saving or now - self._began < self._every or LEARNER in self._parts.down():
             return
         self._saving, self._began = True, now
-        meta = self._meta()
-        steps = meta["counters"]["agent_steps"]
-        self._call(LEARNER, SAVE_SECONDS, "save", meta, then=lambda _: self._save_replay(steps))
+        self._call(LEARNER, SAVE_SECONDS, "save", self._meta(), then=lambda _: self._save(self._replays))
 
     def interrupted(self) -> None:
         """A part that may have been saving has died."""
         self._saving = False
 
-    def _save_replay(self, agent_steps: int) -> None:
-        self._saving = self._replay and REPLAY not in self._parts.down()
+    def _save(self, replays: Sequence[str]) -> None:
+        up = [name for name in replays if name not in self._parts.down()]
+        self._saving = bool(up)
         if self._saving:
-            then = lambda _: self._saved(agent_steps)  # noqa: E731
-            self._call(REPLAY, SAVE_REPLAY_SECONDS, "checkpoint", then=then)
+            name, steps = up[0], self._written[up[0]]
 
-    def _saved(self, agent_steps: int) -> None:
-        self._saving, self.agent_steps = False, agent_steps
+            def saved(_: Any) -> None:
+                self._saved[name] = steps
+                self._save(up[1:])
+
+            self._call(name, SAVE_REPLAY_SECONDS, "checkpoint", then=saved)
 
     def _call(self, name: str, patience: float, method: str, *args: Any, then: Callable[[Any], None]) -> None:
         self._parts.call(name, method, *args, then=then, otherwise=self._refused, patience=patience)

@@ -20,8 +20,7 @@ from common.types import UserError
 logger = logging.getLogger(__name__)
 
 # Parts of a run beside its actors.
-LEARNER, REPLAY, INFERENCE = "learner", "replay", "inference"
-EVALUATOR, METRICS = "evaluator", "metrics"
+LEARNER, INFERENCE, EVALUATOR, METRICS = "learner", "inference", "evaluator", "metrics"
 TICK_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 30.0
 _START_SECONDS = 3600.0  # until a part answers first: imports, compilation, restoring a large replay buffer

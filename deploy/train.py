@@ -47,15 +47,8 @@ def check(cfg: Config, warm: WarmStart | None = None) -> EnvSpec:
     wiring.train_step(cfg, spec)
     if warm is not None:
         warm_start.check_arrays(warm, cfg, spec)
-    table_spec(
-        replay_spec(spec),
-        cfg.replay,
-        batch_length=cfg.learner.batch_length,
-        train_ratio=cfg.learner.train_ratio,
-        batch_size=cfg.learner.batch_size,
-        min_steps=cfg.learner.prefill,
-        streams=cfg.actors.count * cfg.actors.envs,
-    )
+    for shard in range(cfg.replay.shards):
+        table_spec(**wiring.replay_arguments(cfg, spec, shard))
     return spec
 
 

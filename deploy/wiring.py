@@ -6,8 +6,9 @@ file in configs/methods that picks from them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,7 +19,7 @@ from actors.safety_gym import env_spec
 from actors.tasks import cameras
 from actors.vector_env import SafetyVectorEnv
 from common.config import Config, SafetyConfig
-from common.types import Batch, EnvSpec, ParamSource, Policy, UserError, Writer
+from common.types import Batch, EnvSpec, ParamSource, Policy, UserError, Writer, replay_spec
 from learner.cost_model import (
     LATENT,
     CostModel,
@@ -36,6 +37,7 @@ from learner.lagrange import Constraint, augmented, pid, pid_penalty, unconstrai
 from learner.open_loop import Prediction, open_loop
 from learner.policy import ActingParams, Choose, actor_choice, make_policy, planner_choice
 from learner.train_step import Shared, TrainStep
+from replay.shards import Sampler, batches
 
 CONSTRAINTS: dict[str, Callable[[SafetyConfig], Constraint]] = {
     "none": lambda safety: unconstrained(),
@@ -200,6 +202,35 @@ def published_policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
     train = train_step(cfg, spec)
     structure = jax.tree.structure(jax.eval_shape(lambda: train.acting(train.init(cfg.seed))))
     return Policy(init, lambda leaves, *rest: act(jax.tree.unflatten(structure, leaves), *rest))
+
+
+def replay_arguments(cfg: Config, spec: EnvSpec, shard: int) -> dict[str, Any]:
+    """What a replay server and its table are made from: `signature`, `cfg`, `batch_length`, ...
+
+    Each of several servers has an equal share of the capacity and of every batch, and its own actors.
+    """
+    shards = cfg.replay.shards
+    actors = len(range(shard, cfg.actors.count, shards))
+    return {
+        "signature": replay_spec(spec),
+        "cfg": dataclasses.replace(cfg.replay, capacity=cfg.replay.capacity // shards),
+        "batch_length": cfg.learner.batch_length,
+        "train_ratio": cfg.learner.train_ratio,
+        "batch_size": cfg.learner.batch_size // shards,
+        "min_steps": cfg.learner.prefill // shards,
+        "streams": actors * cfg.actors.envs,
+    }
+
+
+def batch_sampler(cfg: Config, spec: EnvSpec, addresses: Sequence[str]) -> Sampler:
+    """Of all replay servers together."""
+    return batches(
+        addresses,
+        replay_spec(spec),
+        batch_size=cfg.learner.batch_size,
+        batch_length=cfg.learner.batch_length,
+        import_mode=cfg.replay.import_mode,
+    )
 
 
 def central_inference(cfg: Config, gpus: int) -> bool:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from actors.evaluate import evaluate
-from actors.inference import InferenceClient
+from actors.inference import Answer, InferenceClient, InferenceReport, Request
 from actors.rollout import RolloutReport
 from common.config import Config
 from common.types import Array, Batch, EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
@@ -25,7 +25,7 @@ from deploy import run_dir as runs
 from deploy import warm_start, wiring
 from deploy.warm_start import WarmStart
 from learner.learner import Learner, LearnerReport
-from replay.sampler import BatchSampler
+from replay.shards import Sampler
 from replay.writer import StreamWriter
 
 _GRACE_SECONDS = 1.0  # an append may hold a slice up this long past its end
@@ -91,10 +91,10 @@ class Ages:
 class LearnerWorker:
     """Learner and sampler in one process."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, store: ParamStore, address: str):
-        self._cfg, self._spec, self._address, self._store = cfg, spec, address, store
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, store: ParamStore, addresses: Sequence[str]):
+        self._cfg, self._spec, self._addresses, self._store = cfg, spec, addresses, store
         self._run_dir, self._checkpoints = run, run / runs.CHECKPOINTS
-        self._sampler: BatchSampler | None = None
+        self._sampler: Sampler | None = None
         self._mixed = 0
         self._ages = Ages()
         self._learner = Learner(wiring.train_step(cfg, spec), self._next_batch, self._publish, run)
@@ -108,13 +108,7 @@ class LearnerWorker:
             self._learner.begin_from(warm.checkpoint)
         seconds = self._learner.compile()
         self._learner.publish()
-        self._sampler = BatchSampler(
-            self._address,
-            replay_spec(self._spec),
-            batch_size=self._cfg.learner.batch_size,
-            batch_length=self._cfg.learner.batch_length,
-            import_mode=self._cfg.replay.import_mode,
-        )
+        self._sampler = wiring.batch_sampler(self._cfg, self._spec, self._addresses)
         meta, skipped = (restored.meta, restored.skipped) if restored else (None, [])
         return Started(meta, seconds, jax.default_backend(), skipped, warm)
 
@@ -152,12 +146,23 @@ class InferenceWorker:
 
     def __init__(self, cfg: Config, spec: EnvSpec, source: ParamSource):
         self._server = wiring.inference_server(cfg, spec, source)
-        self.act, self.version, self.report = self._server.act, self._server.version, self._server.report
-        self.stop = self._server.close  # from any thread
 
     def start(self) -> None:
         """Waits for the first parameters and compiles."""
         self._server.start(_FIRST_PARAMS_SECONDS)
+
+    def act(self, request: Request) -> Answer:
+        return self._server.act(request)
+
+    def version(self) -> int:
+        return self._server.version()
+
+    def report(self) -> InferenceReport:
+        return self._server.report()
+
+    def stop(self) -> None:
+        """May be called from another thread."""
+        self._server.close()
 
 
 class ActorWorker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class ReplayServer:
 
     With a `checkpoint_dir` the newest intact checkpoint is restored first; `restored` names it and
     `messages` holds sentences about damaged ones, for the caller to log. `streams` is the number of
-    environments that write. `port` (default `cfg.port`; 0 picks one) stays the same over restarts, so that
+    environments that write. `port` (0 picks one) stays the same over restarts, so that
     writers and samplers find the server again: choose it once and pass it to every restart.
 
     Raises UserError when the port is taken, when the checkpoint belongs to another table definition
@@ -66,7 +67,7 @@ class ReplayServer:
         self._store = CheckpointStore(checkpoint_dir, self.spec) if checkpoint_dir is not None else None
         if self._store is not None:
             self.restored, self.messages = self._store.newest()
-        self.port = (cfg.port if port is None else port) or free_port()
+        self.port = port or free_ports(1)[0]
         _await_port(self.port)
         self._server = self._start(backend.load(cfg.import_mode))
         self._client = backend.connect(f"localhost:{self.port}", cfg.import_mode)
@@ -114,11 +115,18 @@ class ReplayServer:
         return reverb.Server([table], port=self.port, checkpointer=checkpointer)
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def choose_ports(cfg: ReplayConfig) -> list[int]:
+    """One per shard: those that follow `cfg.port`, or free ones."""
+    return list(range(cfg.port, cfg.port + cfg.shards)) if cfg.port else free_ports(cfg.shards)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:  # held until all are found, so that they differ
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def _await_port(port: int) -> None:

@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import acting, end_to_end, environment, learning, sampling
+from tests.benchmarks import acting, end_to_end, environment, inference, learning, sampling
 from tests.benchmarks.measure import Row
 
 SUITES: dict[str, Callable[[], Iterator[Row]]] = {
@@ -28,6 +28,7 @@ SUITES: dict[str, Callable[[], Iterator[Row]]] = {
     "training": learning.training,
     "planning": learning.planning,
     "acting": acting.run,
+    "inference": inference.run,
     "sampling": sampling.run,
     "end-to-end": end_to_end.run,
 }

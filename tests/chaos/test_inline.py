@@ -128,22 +128,26 @@ def test_a_learner_that_fails_goes_on_from_its_checkpoint(tmp_path, monkeypatch)
     assert any("recovered/learner" in row for row in rows)
 
 
-def test_a_killed_server_process_is_replaced_and_its_losses_are_counted(tmp_path):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_killed_server_process_is_replaced_and_its_losses_are_counted(tmp_path, shards):
     run = tmp_path / "run"
+    checkpoint_dir = runs.replay_dir(run, 0, shards)
 
     def kill() -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            if (run / runs.REPLAY / "000001" / "manifest.json").exists():
+            if (checkpoint_dir / "000001" / "manifest.json").exists():
                 break
             time.sleep(0.05)
         servers = [p for p in psutil.Process().children() if "replay.process" in " ".join(p.cmdline())]
         os.kill(servers[0].pid, signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    rows, outcome = run_of(tmp_path, env_steps=15_000, checkpoint={"every_seconds": 0.5})
+    several = {"replay": {"capacity": 20_000, "stride": 4, "shards": 2}, "actors": {"count": 2, "envs": 8}}
+    changes = several if shards == 2 else {}
+    rows, outcome = run_of(tmp_path, env_steps=15_000, checkpoint={"every_seconds": 0.5}, **changes)
     assert outcome.counters.restarts == 1
-    assert any("recovered/replay" in row for row in rows)
+    assert any(name.startswith("recovered/replay") for row in rows for name in row)
     assert 0 <= outcome.counters.lost_steps < outcome.counters.agent_steps
     assert outcome.counters.train_ratio(800) == pytest.approx(16, rel=0.15)
     assert not any(row.get("replay/mixed") for row in rows)

@@ -86,8 +86,8 @@ class FakeWorkers:
         self.on: dict[tuple[str, str], Callable[..., Any]] = {}
         self.updates = 0
 
-    def replay(self) -> Part:
-        return Part("replay", self)
+    def replay(self, shard: int) -> Part:
+        return Part(f"replay{shard or ''}", self)
 
     def learner(self) -> Part:
         return Part("learner", self)

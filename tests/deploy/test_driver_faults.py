@@ -194,3 +194,19 @@ def test_actors_are_told_the_newest_version(workers):
     workers.on["actor", "run"] = lambda *args: in_a_while(RolloutReport(env_steps=5, agent_steps=1), 0.02)
     drive(workers)
     assert {newest for _, _, newest in workers.of("actor0", "run")} == {0, 42}
+
+
+def test_one_of_two_replay_servers_dies_and_only_its_own_steps_are_lost(workers):
+    traffic = itertools.count()
+    looks = at_call(4, RuntimeError(DIED), lambda: ReplayInfo(10, next(traffic), 0))
+    workers.on["replay1", "info"] = looks
+    for name, steps in {"actor0": 100, "actor1": 1}.items():
+        result = RolloutReport(env_steps=5, agent_steps=steps)
+        workers.on[name, "run"] = lambda *args, result=result: in_a_while(result, 0.02)
+    outcome = drive(workers, config(env_steps=1_500, replay={"shards": 2}))
+    assert [len(workers.of(name, "start")) for name in ("replay", "replay1")] == [1, 2]
+    assert outcome.counters.restarts == 1
+    assert 0 < outcome.counters.lost_steps <= 150  # none of actor 0's 100 at a time
+    assert len(workers.of("replay", "checkpoint")) == len(workers.of("replay1", "checkpoint")) == 1
+    sizes = [row["replay/size"] for _, row in workers.of("metrics", "write") if "replay/size" in row]
+    assert 20 in sizes  # of both together

@@ -120,7 +120,8 @@ def parts_of(parent: psutil.Process, name: str) -> list[psutil.Process]:
 def test_a_run_under_ray_survives_a_killed_actor(ray_session, tmp_path, tiny_config, capsys):
     from deploy.train import train
 
-    cfg = tiny_config(backend="local", env_steps=30_000, actors={"count": 2})
+    changes = {"actors": {"count": 2}, "replay": {"shards": 2}}
+    cfg = tiny_config(backend="local", env_steps=30_000, **changes)
     run = runs.create(tmp_path / "run", cfg)
     mine = psutil.Process()
 

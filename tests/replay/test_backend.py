@@ -12,13 +12,13 @@ ROUND_TRIP = """
 import sys
 import numpy as np
 from replay import backend
-from replay.server import free_port
+from replay.server import free_ports
 
 reverb = backend.load(sys.argv[1])
 assert ("tensorflow" in sys.modules) == (sys.argv[1] == "full")
 table = reverb.Table(backend.TABLE, reverb.selectors.Uniform(), reverb.selectors.Fifo(), 10,
                      reverb.rate_limiters.MinSize(1))
-server = reverb.Server([table], port=free_port())
+server = reverb.Server([table], port=free_ports(1)[0])
 client = backend.connect(f"localhost:{server.port}")
 client.insert([np.float32(5)], {backend.TABLE: 1.0})
 assert client.server_info(timeout=5)[backend.TABLE].current_size == 1

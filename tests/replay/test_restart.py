@@ -46,10 +46,10 @@ else:  # somebody else keeps the pipe to the server open
 FOREIGN = """
 import time
 from replay import backend
-from replay.server import free_port
+from replay.server import free_ports
 
 reverb = backend.load()
-port = free_port()
+port = free_ports(1)[0]
 pick, limiter = reverb.selectors.Fifo(), reverb.rate_limiters.MinSize(1)
 table = reverb.Table("other", pick, pick, 10, limiter)
 server = reverb.Server([table], port=port)
