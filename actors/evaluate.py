@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -32,8 +32,7 @@ def evaluate(
     act: Callable | None = None,
     on_frame: Frame | None = None,
     on_step: OnStep | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[EpisodeResult] | None:
+) -> list[EpisodeResult]:
     """Plays one episode in every environment of `env`, all of them at once.
 
     Args:
@@ -42,15 +41,33 @@ def evaluate(
         on_step: gets every step of all environments, see `Recorder`.
 
     Returns:
-        The results in the order of the environments, or None if `should_stop` said so before the end.
+        The results in the order of the environments.
     """
+    playing = play(
+        env, policy, params, seed=seed, version=version, act=act, on_frame=on_frame, on_step=on_step
+    )
+    return next(results for results in playing if results is not None)
+
+
+def play(
+    env: EvaluationEnv,
+    policy: Policy,
+    params: Params,
+    *,
+    seed: int,
+    version: int = 0,
+    act: Callable | None = None,
+    on_frame: Frame | None = None,
+    on_step: OnStep | None = None,
+) -> Iterator[list[EpisodeResult] | None]:
+    """`evaluate`, one step at a time: None after each of them, the results after the last."""
     act = act or jax.jit(policy.act)
     params = jax.device_put(params)
     carry = policy.init(env.num_envs)
     key = jax.random.PRNGKey(seed)
     totals = np.zeros((3, env.num_envs))  # return, cost, env steps
     actions = np.zeros((env.num_envs, env.spec.action_size), np.float32)
-    while not should_stop():
+    while True:
         step = env.step(actions)
         totals += (step.reward, step.cost, step.env_steps)
         if on_frame and (step.is_first[0] or step.env_steps[0]):
@@ -59,14 +76,15 @@ def evaluate(
         if on_step:
             on_step(actions, step)
         if env.finished.all():
-            return [
+            yield [
                 EpisodeResult(float(r), float(c), int(n), version, f"eval/env{i}")
                 for i, (r, c, n) in enumerate(totals.T)
             ]
+            return
+        yield None
         key, key_act = jax.random.split(key)
         carry, device_actions, _ = act(params, carry, step.obs, step.is_first, key_act)
         actions = np.asarray(device_actions)
-    return None
 
 
 class Recorder:

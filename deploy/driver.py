@@ -266,10 +266,13 @@ class Driver:
         share = max(1, remaining // len(self._actors))
         self._call_slice(name, share, self._version, then=lambda report: self._acted(name, report))
 
-    def _call_slice(self, name: str, *args: Any, then: Callable[[Any], None]) -> None:
+    def _call_slice(self, name: str, *args: Any, then: Callable[[Any], None], method: str = "run") -> None:
         seconds = self._cfg.actors.slice_seconds
-        patience = seconds + self._cfg.supervision.grace_seconds
-        self._parts.call(name, "run", seconds, *args, then=then, patience=patience)
+        self._parts.call(name, method, seconds, *args, then=then, patience=self._slice_patience)
+
+    @property
+    def _slice_patience(self) -> float:
+        return self._cfg.actors.slice_seconds + self._cfg.supervision.grace_seconds
 
     def _acted(self, name: str, report: RolloutReport) -> None:
         counters = self._counters
@@ -340,14 +343,19 @@ class Driver:
 
     def _evaluate(self) -> None:
         self._evaluating = True
-        at = self._counters.env_steps
-        self._parts.call(
-            EVALUATOR,
-            "evaluate",
-            self._cfg.evaluation.episodes,
-            then=lambda results: self._evaluated(at, results),
-            patience=math.inf,  # bounded by its episodes, and nobody waits for it
-        )
+        self._play(self._counters.env_steps)
+
+    def _play(self, env_steps: int) -> None:
+        """A slice of the evaluation that belongs to these env steps."""
+        episodes = self._cfg.evaluation.episodes
+        then = partial(self._played, env_steps)
+        self._call_slice(EVALUATOR, episodes, method="evaluate", then=then)
+
+    def _played(self, env_steps: int, results: list[EpisodeResult] | None) -> None:
+        if results is None and self._signal is None:
+            self._play(env_steps)
+        else:
+            self._evaluated(env_steps, results)
 
     def _evaluated(self, env_steps: int, results: list[EpisodeResult] | None) -> dict[str, float] | None:
         self._evaluating = False
@@ -470,13 +478,16 @@ class Driver:
         self._status.phase = "evaluating"
         self._drain({EVALUATOR})
         self._ask(LEARNER, "publish")
-        results = self._parts.ask(
-            EVALUATOR,
-            "evaluate",
-            self._cfg.evaluation.final_episodes,
-            patience=math.inf,
-            unless=lambda: self._signal is not None,
-        )
+        results = None
+        while results is None and self._signal is None:
+            results = self._parts.ask(
+                EVALUATOR,
+                "evaluate",
+                self._cfg.actors.slice_seconds,
+                self._cfg.evaluation.final_episodes,
+                patience=self._slice_patience,
+                unless=lambda: self._signal is not None,
+            )
         return self._evaluated(self._counters.env_steps, results)
 
     def _drain(self, names: set[str]) -> None:

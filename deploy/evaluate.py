@@ -95,7 +95,6 @@ def run(
             env, chosen, params, seed=seed, version=version, on_frame=on_frame, on_step=recorder
         )
         env.close()
-    assert results is not None  # nothing stops it
     if recorder is not None:
         prediction.write(cfg, spec, params, recorder.episodes(), files)
     return summarize_episodes(results)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from actors.evaluate import evaluate
+from actors.evaluate import play
 from actors.inference import Answer, InferenceClient, InferenceReport, Request
 from actors.rollout import RolloutReport
 from common.config import Config
@@ -226,6 +226,7 @@ class EvaluatorWorker:
         self._act = jax.jit(self._policy.act)
         self._version, self._params = 0, None
         self._env: Any = None
+        self._playing: Iterator[list[EpisodeResult] | None] | None = None
         self._stopped = threading.Event()
 
     def refresh(self) -> None:
@@ -234,24 +235,31 @@ class EvaluatorWorker:
         if newest is not None:
             self._version, self._params = newest
 
-    def evaluate(self, episodes: int) -> list[EpisodeResult] | None:
-        """Results of the protocol's first `episodes` episodes; None when stopped before the end."""
+    def evaluate(self, seconds: float, episodes: int) -> list[EpisodeResult] | None:
+        """Results of the protocol's first `episodes` episodes, by the newest parameters of its first slice.
+
+        None when they take longer than `seconds`: the next call goes on with them.
+        """
+        if self._playing is None:
+            self._playing = self._begin(episodes)
+        started = time.monotonic()
+        for results in self._playing:
+            if results is not None:
+                self._playing = None
+                return results
+            if time.monotonic() - started >= seconds or self._stopped.is_set():
+                break
+        return None
+
+    def _begin(self, episodes: int) -> Iterator[list[EpisodeResult] | None]:
         self.refresh()
         if self._params is None:
             raise RuntimeError("evaluation before any parameters were published")
         seed = self._cfg.evaluation.seed
         if self._env is None or self._env.num_envs != episodes:
             self._env = wiring.evaluation_env(self._cfg, seed, episodes)
-        return evaluate(
-            self._env,
-            self._policy,
-            self._params,
-            seed=seed,
-            version=self._version,
-            act=self._act,
-            should_stop=self._stopped.is_set,
-        )
+        return play(self._env, self._policy, self._params, seed=seed, version=self._version, act=self._act)
 
     def stop(self) -> None:
-        """Ends the evaluation in progress; may be called from another thread."""
+        """Shortens the slice in progress; may be called from another thread."""
         self._stopped.set()

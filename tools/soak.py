@@ -19,7 +19,7 @@ from typing import Any, Dict, List
 import faults
 
 EVERY_SECONDS = 30.0
-MORE_ENV_STEPS = 20_000  # after the resume
+MORE_ENV_STEPS = 60_000  # after the resume
 PARTS = ("actor", "actor", "learner", "replay", "evaluator", "metrics", "holder")
 RATIO_TOLERANCE = 0.2
 

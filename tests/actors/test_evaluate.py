@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from actors.evaluate import Recorder, evaluate, evaluation_seeds, random_policy
+from actors.evaluate import Recorder, evaluate, evaluation_seeds, play, random_policy
 from common.types import ArraySpec, EnvSpec, Policy, Step
 
 SPEC = EnvSpec("Scripted", {"vector": ArraySpec((1,))}, 1, 5, 50)
@@ -88,9 +88,11 @@ def test_an_evaluation_can_be_repeated_exactly():
     assert len(np.unique(fresh.seen[1:])) == 9  # no key is used twice
 
 
-def test_it_stops_when_told_to():
-    answers = iter([False, False, True])
-    assert evaluate(OnceEnv(9), POLICY, 0.0, seed=0, should_stop=lambda: next(answers)) is None
+def test_playing_step_by_step_gives_the_results_after_the_last_step():
+    *before, results = play(OnceEnv(3), POLICY, 0.5, seed=0, version=4)
+    assert len(before) > 2
+    assert not any(before)
+    assert results == evaluate(OnceEnv(3), POLICY, 0.5, seed=0, version=4)
 
 
 def test_pictures_are_of_the_first_episode_alone():

@@ -41,7 +41,7 @@ def episode(number: int, source: str = "actor0/env0") -> EpisodeResult:
     return EpisodeResult(float(number), 2.0, 100, 1, source)
 
 
-def evaluation(episodes: int) -> list[EpisodeResult]:
+def evaluation(seconds: float, episodes: int) -> list[EpisodeResult]:
     return [episode(5, f"eval/env{i}") for i in range(episodes)]
 
 
@@ -137,8 +137,8 @@ class FakeWorkers:
         time.sleep(0.002)
         return RolloutReport(env_steps=min(SLICE, max_env_steps), agent_steps=6, seconds=0.01, version=1)
 
-    def evaluator_evaluate(self, episodes: int) -> list[EpisodeResult]:
-        return evaluation(episodes)
+    def evaluator_evaluate(self, seconds: float, episodes: int) -> list[EpisodeResult]:
+        return evaluation(seconds, episodes)
 
     def of(self, name: str, method: str) -> list[tuple]:
         """Arguments of the calls of one method, in order."""

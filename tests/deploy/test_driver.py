@@ -69,7 +69,7 @@ def test_a_run_counts_saves_and_evaluates_once_at_its_end(workers):
 
     assert workers.launched == [(0, 0, 6), (1, 0, 6)]  # 11 random steps, shared and rounded up
     assert workers.metrics_at == [None]
-    assert workers.of("evaluator", "evaluate") == [(4,)]
+    assert evaluations(workers) == [4]
     assert outcome.summary is not None
     assert outcome.summary["eval/return"] == 5.0
     order = [(part, method) for part, method, _ in workers.calls]
@@ -109,17 +109,32 @@ def runs_of_actors(workers: FakeWorkers) -> list[tuple[str, str, tuple]]:
 def test_evaluations_follow_the_env_steps_and_start_at_zero(workers):
     one = {"count": 1, "slice_seconds": 0.01}
     drive(workers, config(actors=one, evaluation={"every": 100, "episodes": 3, "final_episodes": 4}))
-    assert workers.of("evaluator", "evaluate") == [(3,), (3,), (3,), (4,)]
+    assert evaluations(workers) == [3, 3, 3, 4]
     at = [env_steps for env_steps, _ in workers.of("metrics", "evaluation")]
     assert at == [0, 120, 210, 300]  # the first slice that ends beyond 100 and 200
+
+
+def test_an_evaluation_is_played_in_slices_to_its_end(workers):
+    slices = iter([None, None, evaluation(0.01, 3), None, evaluation(0.01, 4)])
+    workers.on["evaluator", "evaluate"] = lambda *args: in_a_while(next(slices), 0.01)
+    workers.on["actor", "run"] = lambda *args: in_a_while(RolloutReport(env_steps=5, agent_steps=1), 0.02)
+    outcome = drive(workers, config(evaluation={"every": 10**6, "episodes": 3, "final_episodes": 4}))
+    assert evaluations(workers) == [3, 3, 3, 4, 4]
+    at = [env_steps for env_steps, _ in workers.of("metrics", "evaluation")]
+    assert at == [0, outcome.counters.env_steps]
+
+
+def evaluations(workers: FakeWorkers) -> list[int]:
+    """Numbers of episodes that the evaluator was asked for."""
+    return [episodes for _, episodes in workers.of("evaluator", "evaluate")]
 
 
 def test_there_is_one_evaluation_at_a_time(workers):
     running: list[Future[Any]] = []
 
-    def evaluate(episodes: int) -> Future[Any]:
+    def evaluate(seconds: float, episodes: int) -> Future[Any]:
         assert all(future.done() for future in running)
-        running.append(in_a_while(evaluation(episodes), 0.05))
+        running.append(in_a_while(evaluation(seconds, episodes), 0.05))
         return running[-1]
 
     workers.on["evaluator", "evaluate"] = evaluate
@@ -320,13 +335,13 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_at_the_resume(work
         return workers.actor_run(seconds, share, newest)
 
     workers.on["actor0", "run"] = run
-    workers.on["evaluator", "evaluate"] = lambda episodes: Future()
+    workers.on["evaluator", "evaluate"] = lambda seconds, episodes: Future()
     cfg = config(env_steps=10**6, evaluation={"every": 10**5, "episodes": 3, "final_episodes": 4})
     drive(workers, cfg)
     again = FakeWorkers()
     again.on["learner", "start"] = resumed_from(saved_meta(workers))
     drive(again, dataclasses.replace(cfg, env_steps=saved_meta(workers)["env_steps"] + 500), resume=True)
-    assert again.of("evaluator", "evaluate") == [(3,), (4,)]
+    assert evaluations(again) == [3, 4]
 
 
 def test_resuming_without_a_checkpoint_starts_anew(workers):

@@ -105,7 +105,7 @@ def test_an_evaluator_that_died_plays_the_evaluation_again(workers):
         workers, config(env_steps=3_000, evaluation={"every": 2_000, "episodes": 3, "final_episodes": 4})
     )
     assert outcome.counters.restarts == 1
-    assert workers.of("evaluator", "evaluate")[:2] == [(3,), (3,)]
+    assert [episodes for _, episodes in workers.of("evaluator", "evaluate")[:2]] == [3, 3]
     at = [env_steps for env_steps, _ in workers.of("metrics", "evaluation")]
     assert len(at) == 3
     assert at == sorted(at)
@@ -141,6 +141,27 @@ def test_a_part_that_dies_while_the_run_ends_is_asked_again(workers, part, metho
     assert len(workers.of(part, method)) == 2
     assert outcome.summary is not None
     assert outcome.counters.restarts == 1
+
+
+def test_an_evaluator_that_hangs_is_replaced_and_plays_the_evaluation_again(workers):
+    answers = itertools.count(1)
+
+    def evaluate(*args: Any) -> Any:
+        return Future() if next(answers) == 1 else evaluation(*args)
+
+    workers.on["evaluator", "evaluate"] = evaluate
+    workers.on["actor", "run"] = lambda *args: in_a_while(RolloutReport(env_steps=5, agent_steps=1), 0.02)
+    supervision = {"grace_seconds": 1.0, "backoff_seconds": 0.1, "max_failures": 3}
+    outcome = drive(
+        workers,
+        config(
+            env_steps=1_500,
+            supervision=supervision,
+            evaluation={"every": 10**6, "episodes": 3, "final_episodes": 4},
+        ),
+    )
+    assert outcome.counters.restarts == 1
+    assert len(workers.of("metrics", "evaluation")) == 2
 
 
 def test_a_part_that_is_silent_is_replaced_and_shown_as_down(workers):
