@@ -40,8 +40,8 @@ lint: setup ## ruff, pyright, import-linter
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 
-pytest: setup ## The tests, or some: ARGS="tests/replay -k round_trip"
-	$(BIN)/pytest $(ARGS)
+pytest: setup ## All tests, two files at a time, or some: ARGS="tests/replay -k round_trip"
+	$(BIN)/pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
 
 bench: setup ## Benchmarks, or some: ARGS="environment training planning acting inference sampling end-to-end"
 	@$(BIN)/python -m tests.benchmarks $(ARGS)

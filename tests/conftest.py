@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported anywhere, also in child processes
 # What one test has compiled, the others (and their processes) need not compile again.
-_CACHE = tempfile.mkdtemp(prefix="safedreamer-jax-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+_OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
+if _OWNS_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="safedreamer-jax-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import hypothesis  # noqa: E402 (after the environment is set)
@@ -19,7 +20,8 @@ hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if _OWNS_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

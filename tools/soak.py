@@ -20,7 +20,7 @@ import faults
 
 EVERY_SECONDS = 30.0
 MORE_ENV_STEPS = 60_000  # after the resume
-PARTS = ("actor", "actor", "learner", "replay", "evaluator", "metrics", "holder")
+PARTS = ("actor", "actor", "learner", "replay", "inference", "evaluator", "metrics", "holder")
 RATIO_TOLERANCE = 0.2
 
 
