@@ -8,7 +8,9 @@ The x-axis of everything is `env_steps`. Names, and what they mean:
 | train/cost_rate | cost per env step of those episodes |
 | eval/return, eval/return_std, eval/cost, eval/cost_std | over the evaluation episodes |
 | eval/cost_rate, eval/length | as for training |
+| eval/return_ci, eval/cost_ci | half widths of the 95 % confidence intervals of the means (Student's t) |
 | eval/episodes | number of evaluation episodes |
+| model/* | how right the world model was about those episodes, see deploy/calibration.py |
 | safety/multiplier | Lagrange multiplier the actor trains under |
 | loss/* | means of the training losses since the last row |
 | time/* | seconds, rates per second and shares of time |
@@ -30,6 +32,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.special import stdtrit
+
 from common.config import LoggingConfig
 from common.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink, read_jsonl, truncate_jsonl
 from common.types import EpisodeResult, UserError
@@ -41,7 +45,11 @@ EPISODES = "episodes.jsonl"
 
 
 def summarize_episodes(results: Sequence[EpisodeResult], prefix: str = "eval") -> dict[str, float]:
-    """Means, standard deviations (of the population) and cost per env step of complete episodes."""
+    """Means, standard deviations (of the population), 95 % confidence and cost per env step of episodes.
+
+    The confidence interval of a mean is +- t s / sqrt(n) by Student's t (n - 1 degrees of freedom, s the
+    sample's standard deviation): over layouts, for this one agent; other seeds of training vary more.
+    """
     if not results:
         raise ValueError("no episodes to summarise")
     n = len(results)
@@ -49,7 +57,9 @@ def summarize_episodes(results: Sequence[EpisodeResult], prefix: str = "eval") -
     for name, values in (("return", [r.return_ for r in results]), ("cost", [r.cost for r in results])):
         mean = sum(values) / n
         summary[f"{prefix}/{name}"] = mean
-        summary[f"{prefix}/{name}_std"] = math.sqrt(sum((v - mean) ** 2 for v in values) / n)
+        std = summary[f"{prefix}/{name}_std"] = math.sqrt(sum((v - mean) ** 2 for v in values) / n)
+        if n > 1:
+            summary[f"{prefix}/{name}_ci"] = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n - 1)
     length = sum(r.length for r in results)
     summary[f"{prefix}/length"] = length / n
     summary[f"{prefix}/cost_rate"] = sum(r.cost for r in results) / length

@@ -145,16 +145,28 @@ def print_result(result: RunResult, console: Console | None = None) -> None:
             console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
+_MODEL_ROWS = (
+    ("model/cost_calibration", "imagined / true cost"),
+    ("model/cost_recall", "costly steps foreseen (share)"),
+    ("model/openloop_error/8", "position error after 8 imagined steps"),
+)
+
+
 def _summary_table(title: str, summary: Mapping[str, float]) -> Table:
     heading = Text(title, no_wrap=True, overflow="ignore")  # else broken at the width of the table
     table = Table(title=heading, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name in ("return", "cost"):
-        table.add_row(name, f"{summary[f'eval/{name}']:.2f} ± {summary[f'eval/{name}_std']:.2f}")
+        spread = f"{summary[f'eval/{name}']:.2f} ± {summary[f'eval/{name}_std']:.2f}"
+        confidence = summary.get(f"eval/{name}_ci")
+        table.add_row(name, spread if confidence is None else f"{spread} (mean ± {confidence:.2f})")
     table.add_row("cost rate (per env step)", f"{summary['eval/cost_rate']:.4f}")
     table.add_row("episode length (env steps)", f"{summary['eval/length']:,.0f}")
     table.add_row("evaluation episodes", f"{summary['eval/episodes']:.0f}")
+    for name, label in _MODEL_ROWS:
+        if name in summary:
+            table.add_row(label, f"{summary[name]:.2f}")
     return table
 
 

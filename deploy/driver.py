@@ -39,7 +39,7 @@ from deploy.supervision import (
     Supervisor,
     first_words,
 )
-from deploy.workers import Started
+from deploy.workers import EvaluationReport, Started
 from learner.learner import LearnerReport
 from replay.server import ReplayInfo
 
@@ -351,19 +351,19 @@ class Driver:
         then = partial(self._played, env_steps)
         self._call_slice(EVALUATOR, episodes, method="evaluate", then=then)
 
-    def _played(self, env_steps: int, results: list[EpisodeResult] | None) -> None:
-        if results is None and self._signal is None:
+    def _played(self, env_steps: int, report: EvaluationReport | None) -> None:
+        if report is None and self._signal is None:
             self._play(env_steps)
         else:
-            self._evaluated(env_steps, results)
+            self._evaluated(env_steps, report)
 
-    def _evaluated(self, env_steps: int, results: list[EpisodeResult] | None) -> dict[str, float] | None:
+    def _evaluated(self, env_steps: int, report: EvaluationReport | None) -> dict[str, float] | None:
         self._evaluating = False
-        if not results:
+        if report is None:
             return None
         self._parts.progressed(EVALUATOR)
         self._counters.evaluated_at = env_steps
-        summary = summarize_episodes(results)
+        summary = summarize_episodes(report.episodes) | report.model
         self._record("evaluation", summary, env_steps=env_steps)
         self._status.evaluations.append(
             Evaluation(
@@ -478,9 +478,9 @@ class Driver:
         self._status.phase = "evaluating"
         self._drain({EVALUATOR})
         self._ask(LEARNER, "publish")
-        results = None
-        while results is None and self._signal is None:
-            results = self._parts.ask(
+        report = None
+        while report is None and self._signal is None:
+            report = self._parts.ask(
                 EVALUATOR,
                 "evaluate",
                 self._cfg.actors.slice_seconds,
@@ -488,7 +488,7 @@ class Driver:
                 patience=self._slice_patience,
                 unless=lambda: self._signal is not None,
             )
-        return self._evaluated(self._counters.env_steps, results)
+        return self._evaluated(self._counters.env_steps, report)
 
     def _drain(self, names: set[str]) -> None:
         """Handles what is in flight of these parts. Bounded: a part that hangs is left behind."""

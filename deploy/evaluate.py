@@ -16,7 +16,7 @@ from common.metrics import summarize_episodes
 from common.pictures import episode_frame
 from common.types import EnvSpec, Params, UserError
 from common.video import VideoWriter
-from deploy import prediction, wiring
+from deploy import calibration, prediction, wiring
 from deploy import run_dir as runs
 from deploy.eval_files import EvalFiles
 from learner.codec import image_keys
@@ -71,7 +71,7 @@ def run(
     files: EvalFiles,
     random: bool = False,
 ) -> dict[str, float]:
-    """Summary of `episodes` held-out episodes, see `common.metrics.summarize_episodes`.
+    """Summary of `episodes` held-out episodes, see `common.metrics` and `deploy.calibration`.
 
     With `random`, uniform random actions are played instead of the configured policy.
 
@@ -80,13 +80,12 @@ def run(
     spec = wiring.spec_of(cfg)
     prediction.check(cfg, spec, files)
     with ExitStack() as stack:
-        on_frame = recorder = None
+        on_frame = None
         if files.video is not None:
             on_frame = _filmed(
                 cfg, spec, stack.enter_context(VideoWriter(files.video, _FPS / cfg.env.action_repeat))
             )
-        if files.prediction_plot is not None:
-            recorder = Recorder(prediction.EPISODES)
+        recorder = Recorder(prediction.EPISODES)
         env = wiring.evaluation_env(cfg, seed, episodes, render=files.video is not None)
         chosen = (
             random_policy(episodes, spec.action_size) if random else wiring.policy(cfg, spec, explore=False)
@@ -95,9 +94,14 @@ def run(
             env, chosen, params, seed=seed, version=version, on_frame=on_frame, on_step=recorder
         )
         env.close()
-    if recorder is not None:
-        prediction.write(cfg, spec, params, recorder.episodes(), files)
-    return summarize_episodes(results)
+    episodes_seen = recorder.episodes()
+    if files.prediction_plot is not None:
+        prediction.write(cfg, spec, params, episodes_seen, files)
+    predict = wiring.predictor(cfg, spec, calibration.CONTEXT)
+    model = calibration.calibrate(
+        predict, spec, jax.tree.leaves(params), episodes_seen, wiring.cost_unit(cfg)
+    )
+    return summarize_episodes(results) | model
 
 
 def _filmed(cfg: Config, spec: EnvSpec, video: VideoWriter) -> Frame:

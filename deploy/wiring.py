@@ -19,7 +19,7 @@ from actors.safety_gym import env_spec
 from actors.tasks import cameras
 from actors.vector_env import SafetyVectorEnv
 from common.config import Config, SafetyConfig
-from common.types import Batch, EnvSpec, ParamSource, Policy, UserError, Writer, replay_spec
+from common.types import Batch, EnvSpec, Params, ParamSource, Policy, UserError, Writer, replay_spec
 from learner.cost_model import (
     LATENT,
     CostModel,
@@ -164,6 +164,25 @@ def predict(cfg: Config, spec: EnvSpec, params: ActingParams, batch: Batch, cont
     return open_loop(params.model, cost_model, _tracking(cfg, spec).look, batch, context)
 
 
+def predictor(cfg: Config, spec: EnvSpec, context: int) -> Callable[[Params, Batch], Prediction]:
+    """`predict` for parameters as the learner publishes them, compiled once."""
+    cost_model, look = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec), _tracking(cfg, spec).look
+    structure = _published_structure(cfg, spec)
+
+    def predict(leaves: Params, batch: Batch) -> Prediction:
+        model = jax.tree.unflatten(structure, leaves).model
+        return open_loop(model, cost_model, look, batch, context)
+
+    return predict
+
+
+def cost_unit(cfg: Config) -> float | None:
+    """Cost per agent step that an imagined cost of 1 stands for; None where costs are not imagined."""
+    if cfg.safety.cost_model == "none":
+        return None
+    return 1.0 if COST_MEANINGS[cfg.safety.cost_model].per_agent_step else float(cfg.env.action_repeat)
+
+
 def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
     """The trainable system of a configuration. Raises UserError where it does not fit the environment."""
     safety, way = cfg.safety, POLICIES[cfg.policy]
@@ -199,9 +218,13 @@ def published_policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
     store; besides, a tree of modules is slow to take apart at every call.
     """
     init, act = policy(cfg, spec, explore=explore)
-    train = train_step(cfg, spec)
-    structure = jax.tree.structure(jax.eval_shape(lambda: train.acting(train.init(cfg.seed))))
+    structure = _published_structure(cfg, spec)
     return Policy(init, lambda leaves, *rest: act(jax.tree.unflatten(structure, leaves), *rest))
+
+
+def _published_structure(cfg: Config, spec: EnvSpec) -> Any:
+    train = train_step(cfg, spec)
+    return jax.tree.structure(jax.eval_shape(lambda: train.acting(train.init(cfg.seed))))
 
 
 def replay_arguments(cfg: Config, spec: EnvSpec, shard: int) -> dict[str, Any]:

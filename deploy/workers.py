@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from actors.evaluate import play
+from actors.evaluate import Recorder, play
 from actors.inference import Answer, InferenceClient, InferenceReport, Request
 from actors.rollout import RolloutReport
 from common.config import Config
 from common.types import Array, Batch, EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
+from deploy import calibration, warm_start, wiring
 from deploy import run_dir as runs
-from deploy import warm_start, wiring
 from deploy.warm_start import WarmStart
 from learner.learner import Learner, LearnerReport
 from replay.shards import Sampler
@@ -217,16 +217,26 @@ class ActorWorker:
         return self._stopped.is_set() or time.monotonic() > self._deadline
 
 
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What an evaluation found."""
+
+    episodes: list[EpisodeResult]
+    model: dict[str, float] = field(default_factory=dict)  # see `deploy.calibration`
+
+
 class EvaluatorWorker:
-    """Plays evaluation episodes with the newest parameters."""
+    """Plays evaluation episodes with the newest parameters, and looks what the model makes of them."""
 
     def __init__(self, cfg: Config, spec: EnvSpec, source: ParamSource):
-        self._cfg, self._source = cfg, source
+        self._cfg, self._spec, self._source = cfg, spec, source
         self._policy = wiring.published_policy(cfg, spec, explore=False)
         self._act = jax.jit(self._policy.act)
         self._version, self._params = 0, None
         self._env: Any = None
         self._playing: Iterator[list[EpisodeResult] | None] | None = None
+        self._predict = wiring.predictor(cfg, spec, calibration.CONTEXT)
+        self._recorder = Recorder(0)
         self._stopped = threading.Event()
 
     def refresh(self) -> None:
@@ -235,7 +245,7 @@ class EvaluatorWorker:
         if newest is not None:
             self._version, self._params = newest
 
-    def evaluate(self, seconds: float, episodes: int) -> list[EpisodeResult] | None:
+    def evaluate(self, seconds: float, episodes: int) -> EvaluationReport | None:
         """Results of the protocol's first `episodes` episodes, by the newest parameters of its first slice.
 
         None when they take longer than `seconds`: the next call goes on with them.
@@ -246,7 +256,7 @@ class EvaluatorWorker:
         for results in self._playing:
             if results is not None:
                 self._playing = None
-                return results
+                return EvaluationReport(results, self._calibrate())
             if time.monotonic() - started >= seconds or self._stopped.is_set():
                 break
         return None
@@ -258,7 +268,20 @@ class EvaluatorWorker:
         seed = self._cfg.evaluation.seed
         if self._env is None or self._env.num_envs != episodes:
             self._env = wiring.evaluation_env(self._cfg, seed, episodes)
-        return play(self._env, self._policy, self._params, seed=seed, version=self._version, act=self._act)
+        self._recorder = Recorder(min(episodes, calibration.EPISODES))
+        return play(
+            self._env,
+            self._policy,
+            self._params,
+            seed=seed,
+            version=self._version,
+            act=self._act,
+            on_step=self._recorder,
+        )
+
+    def _calibrate(self) -> dict[str, float]:
+        recorded, unit = self._recorder.episodes(), wiring.cost_unit(self._cfg)
+        return calibration.calibrate(self._predict, self._spec, self._params, recorded, unit)
 
     def stop(self) -> None:
         """Shortens the slice in progress; may be called from another thread."""

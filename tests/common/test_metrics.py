@@ -51,6 +51,8 @@ def test_summary_of_episodes_by_hand():
         "eval/episodes": 2,
         "eval/return": 12.0,
         "eval/return_std": 2.0,
+        "eval/return_ci": pytest.approx(12.706 * 2.0, rel=1e-4),  # t of one degree of freedom
+        "eval/cost_ci": pytest.approx(12.706 * 2.0, rel=1e-4),
         "eval/cost": 2.0,
         "eval/cost_std": 2.0,
         "eval/cost_rate": 4 / 1600,

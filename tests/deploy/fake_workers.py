@@ -16,7 +16,7 @@ from common.status import Status
 from common.types import ArraySpec, EnvSpec, EpisodeResult
 from deploy.driver import Driver
 from deploy.outcome import Outcome
-from deploy.workers import Started
+from deploy.workers import EvaluationReport, Started
 from learner.learner import LearnerReport
 from replay.server import ReplayInfo
 
@@ -41,8 +41,9 @@ def episode(number: int, source: str = "actor0/env0") -> EpisodeResult:
     return EpisodeResult(float(number), 2.0, 100, 1, source)
 
 
-def evaluation(seconds: float, episodes: int) -> list[EpisodeResult]:
-    return [episode(5, f"eval/env{i}") for i in range(episodes)]
+def evaluation(seconds: float, episodes: int) -> EvaluationReport:
+    results = [episode(5, f"eval/env{i}") for i in range(episodes)]
+    return EvaluationReport(results, {"model/cost_recall": 0.5})
 
 
 def in_a_while(result: Any, seconds: float = 0.1) -> Future[Any]:
@@ -137,7 +138,7 @@ class FakeWorkers:
         time.sleep(0.002)
         return RolloutReport(env_steps=min(SLICE, max_env_steps), agent_steps=6, seconds=0.01, version=1)
 
-    def evaluator_evaluate(self, seconds: float, episodes: int) -> list[EpisodeResult]:
+    def evaluator_evaluate(self, seconds: float, episodes: int) -> EvaluationReport:
         return evaluation(seconds, episodes)
 
     def of(self, name: str, method: str) -> list[tuple]:

@@ -53,6 +53,7 @@ def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed, inference):
     assert last["eval/cost"] < COST_LIMIT
     assert last["eval/return"] > GOOD_RETURN
     assert last["eval/return"] == outcome.summary["eval/return"]
+    assert last["model/openloop_error/8"] < untrained["model/openloop_error/8"]
 
 
 def test_the_augmented_agent_keeps_the_limit(tmp_path):
