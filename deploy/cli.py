@@ -14,6 +14,7 @@ from rich.console import Console
 from common import config as configuration
 from common.config import Config
 from common.types import UserError
+from deploy import shipping
 from deploy.eval_files import checked_files
 from deploy.flags import EvalArgs, ImportArgs, PlotArgs, parse, parse_train
 
@@ -30,6 +31,7 @@ USAGE = """usage: safedreamer COMMAND [OPTIONS]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 user error, 128 + n signal n."""
+    shipping.take_secrets()
     argv = list(sys.argv[1:] if arguments is None else arguments)
     commands = {
         "train": _train,
@@ -67,6 +69,8 @@ def _train(argv: list[str]) -> int:
     cfg = args.settings
     if args.wandb is not None:
         cfg = configuration.merge(cfg, {"logging": {"wandb": args.wandb}}, "--wandb")
+    if args.ray_address is not None:
+        cfg = configuration.merge(cfg, {"ray": {"address": args.ray_address}}, "--ray-address")
     configuration.check(cfg)
     from deploy import run_dir as runs
 
@@ -201,3 +205,7 @@ def _no_options(command: str, argv: list[str]) -> None:
         sys.exit(0)
     if argv:
         raise UserError(f"`safedreamer {command}` takes no options, but got {argv[0]}")
+
+
+if __name__ == "__main__":  # as a job runs it, from a copy of the program
+    main()

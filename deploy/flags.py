@@ -35,7 +35,7 @@ class TrainArgs:
     """Directory of the new run. Default: runs/TASK/METHOD-SIZE-seedN-TIME."""
     resume: Path | None = None
     """Continue this run with its saved configuration; only env steps, logging, evaluation, checkpoints,
-    supervision, backend and the numbers of actors and devices may change."""
+    supervision, Ray, backend and the numbers of actors and devices may change."""
     from_checkpoint: Path | None = None
     """Begin a new run with what a run or a checkpoint holds: parameters, optimizer states, multiplier. It
     takes the checkpoint's configuration; what changes no shapes may change. The loaded policy acts from the
@@ -44,6 +44,8 @@ class TrainArgs:
     """YAML files with settings; they win over presets, flags win over them."""
     wandb: Literal["online", "offline", "off"] | None = None
     """Short for --logging.wandb."""
+    ray_address: str | None = None
+    """Short for --ray.address: the Ray cluster to run on."""
     print_config: bool = False
     """Print the resolved configuration as YAML and stop."""
 

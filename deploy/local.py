@@ -1,4 +1,4 @@
-"""The parts of a run as Ray actors on this machine."""
+"""The parts of a run as Ray actors, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from common.config import Config
 from common.metrics import MetricsWriter
 from common.types import EnvSpec, UserError, replay_spec
 from deploy import run_dir as runs
-from deploy import signals
+from deploy import shipping, signals
+from deploy.cluster import Cluster, Options, Placement, ThisMachine
+from deploy.joining import connect
 from deploy.weights import Holder, RayHolder
 from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
-from replay.server import ReplayInfo, ReplayServer, free_port
+from replay.server import ReplayInfo, ReplayServer
 
-_ROOT = Path(__file__).resolve().parent.parent
 _STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
 
 # Actors share the machine with the learner, and small policies gain nothing from more threads.
@@ -93,65 +94,82 @@ class _Evaluator(EvaluatorWorker):
         super().__init__(cfg, spec, RayHolder(holder))
 
 
-class RayWorkers:
-    """The `deploy.driver.Workers` under Ray: starts a Ray of its own unless one is running in this process.
+class _Metrics(MetricsWriter):
+    """A cluster's processes do not inherit the driver's environment, and what Ray is told, it shows."""
 
-    Raises UserError when Ray cannot start.
+    def __init__(self, environ: dict[str, str], *rest: Any):
+        os.environ.update(environ)
+        super().__init__(*rest)
+
+
+class RayWorkers:
+    """The `deploy.driver.Workers` under Ray: on the configured cluster, else under a Ray of its own, unless
+    this process has joined or started one already.
+
+    Raises UserError when Ray cannot start, and when the cluster cannot be reached or has no room.
     """
 
     watched = True
 
     def __init__(self, cfg: Config, spec: EnvSpec, run: Path):
         self._cfg, self._spec, self._run = cfg, spec, run
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            start_ray()
         self._handles: dict[str, Any] = {}
-        self._port = cfg.replay.port or free_port()
-        self._address = f"{ray.util.get_node_ip_address()}:{self._port}"
-        # What it holds comes back with the next version: Ray may restart it by itself.
-        self._holder = self._start("holder", Holder, max_restarts=-1)
+        self._place: Placement | None = None
+        self._owns_ray = not ray.is_initialized()
+        try:
+            if self._owns_ray:
+                connect(cfg.ray) if cfg.ray.address else start_ray()
+            place = self._place = Cluster(cfg, run) if cfg.ray.address else ThisMachine(cfg)
+            self._port = cfg.replay.port or place.free_ports(1)[0]
+            self._address = f"{place.host}:{self._port}"
+            # What it holds comes back with the next version: Ray may restart it by itself.
+            self._holder = self._start("holder", Holder, place=place.beside_driver() | {"max_restarts": -1})
+        except BaseException:
+            self.close()
+            raise
 
     def replay(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run / runs.REPLAY, self._run / runs.REPLAY_LOG, self._port)
-        return RayProxy(self._start("replay", _Replay, *arguments, env=_ON_CPU))
+        return RayProxy(self._start("replay", _Replay, *arguments, place=self._placed.replay(), env=_ON_CPU))
 
     def learner(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run, self._holder, self._address)
-        return RayProxy(
-            self._start(
-                "learner",
-                _Learner,
-                *arguments,
-                env=memory.KEEP_FREED,
-                num_gpus=_gpus(self._cfg.learner.devices),
-            )
-        )
+        place = self._placed.learner()
+        return RayProxy(self._start("learner", _Learner, *arguments, place=place, env=memory.KEEP_FREED))
 
     def evaluator(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._holder)
-        return RayProxy(self._start("evaluator", _Evaluator, *arguments, env=_ON_CPU | _ONE_THREAD))
+        place, env = self._placed.evaluator(), _ON_CPU | _ONE_THREAD
+        return RayProxy(self._start("evaluator", _Evaluator, *arguments, place=place, env=env))
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> RayProxy:
-        arguments = (self._run, self._cfg.logging, cfg, resume_env_steps)
-        return RayProxy(self._start("metrics", MetricsWriter, *arguments))
+        environ = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+        arguments = (environ, self._run, self._cfg.logging, cfg, resume_env_steps)
+        return RayProxy(self._start("metrics", _Metrics, *arguments, place=self._placed.beside_driver()))
 
     def actor(self, index: int, life: int, prefill: int) -> RayProxy:
         arguments = (self._cfg, self._spec, self._holder, self._address, index, life, prefill)
-        return RayProxy(self._start(f"actor{index}", _Actor, *arguments, env=_ON_CPU | _ONE_THREAD))
+        place, env = self._placed.actor(index), _ON_CPU | _ONE_THREAD
+        return RayProxy(self._start(f"actor{index}", _Actor, *arguments, place=place, env=env))
 
     def close(self) -> None:
         for name in list(self._handles):
             self._end(name)
+        if self._place is not None:
+            self._place.close()
         if self._owns_ray:
             ray.shutdown()
 
+    @property
+    def _placed(self) -> Placement:
+        assert self._place is not None
+        return self._place
+
     def _start(
-        self, name: str, part: type, *args: Any, env: dict[str, str] | None = None, **needs: Any
+        self, name: str, part: type, *args: Any, place: Options, env: dict[str, str] | None = None
     ) -> Any:
         self._end(name)
-        # CPUs are oversubscribed on purpose: the rate limiter shares them out better than Ray can.
-        remote = ray.remote(part).options(num_cpus=0, runtime_env={"env_vars": env or {}}, **needs)
+        remote = ray.remote(part).options(runtime_env={"env_vars": env or {}}, **place)
         self._handles[name] = remote.remote(*args)
         return self._handles[name]
 
@@ -170,7 +188,7 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray would write escape codes into files, too
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(shipping.ROOT), os.environ.get("PYTHONPATH")]))
     try:
         with signals.held_back():  # Ray would take the handler of SIGTERM, and its processes would see Ctrl-C
             ray.init(
@@ -188,12 +206,6 @@ def start_ray() -> None:
             f"Ray did not start ({' '.join(str(error).split())[:300]}); `safedreamer doctor` checks it, and "
             "--backend inline trains without it"
         ) from error
-
-
-def _gpus(devices: int) -> int:
-    """GPUs that the learner gets of those there are: `devices`, or all for 0; none where it uses the CPU."""
-    there = int(ray.cluster_resources().get("GPU", 0))
-    return min(devices or there, there)
 
 
 def _settle(answer: Future[Any], done: Future[Any]) -> None:

@@ -36,6 +36,7 @@ RESUMABLE = (
     "evaluation",
     "checkpoint",
     "supervision",
+    "ray",
     "logging",
 )
 

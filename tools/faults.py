@@ -69,7 +69,7 @@ TITLES = {
     "learner": "ray::_Learner",
     "replay": "ray::_Replay",
     "evaluator": "ray::_Evaluator",
-    "metrics": "ray::MetricsWriter",
+    "metrics": "ray::_Metrics",
     "holder": "ray::Holder",
 }
 
