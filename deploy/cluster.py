@@ -102,6 +102,7 @@ class Cluster:
         self._run = run
         self._gpus = gpus(cfg, [node["Resources"] for node in _alive()])
         bundles = bundles_of(cfg, self._gpus)
+        self._last = len(bundles) - 1
         self._group = placement_group(bundles, strategy="SPREAD")
         try:
             _await_room(self._group, bundles, cfg.ray.placement_seconds)
@@ -124,10 +125,10 @@ class Cluster:
         return _on(self._home)
 
     def actor(self, index: int) -> Options:
-        return self._bundle(2 + index)
+        return self._bundle(1 + index)
 
     def evaluator(self) -> Options:
-        return self._bundle(1)
+        return self._bundle(self._last)
 
     def beside_driver(self) -> Options:
         return _on(ray.get_runtime_context().get_node_id())

@@ -16,9 +16,9 @@ class _Need(NamedTuple):
 
 
 def bundles_of(cfg: Config, learner_gpus: int) -> list[dict[str, float]]:
-    """What a run sets aside: home, the evaluator, every actor."""
+    """What a run sets aside: home, every actor, the evaluator. Ray spreads the first ones first."""
     home = {"CPU": float(cfg.ray.learner_cpus)} | ({"GPU": float(learner_gpus)} if learner_gpus else {})
-    return [home, *({"CPU": 1.0} for _ in range(1 + cfg.actors.count))]
+    return [home, *({"CPU": 1.0} for _ in range(cfg.actors.count + 1))]
 
 
 def gpus(cfg: Config, nodes: Sequence[Resources]) -> int:
@@ -55,7 +55,7 @@ def missing(bundles: Sequence[Resources], total: Sequence[Resources], free: Sequ
 
 def sentence(bundle_nodes: Sequence[str], addresses: Mapping[str, str]) -> str:
     """Who lives where: 'learner and replay on 10.0.0.2, evaluator on ..., actors on 10.0.0.1 (0, 2)'."""
-    home, evaluator, *actors = (addresses.get(node, node) for node in bundle_nodes)
+    home, *actors, evaluator = (addresses.get(node, node) for node in bundle_nodes)
     shares = [
         f"{host} ({', '.join(str(i) for i, at in enumerate(actors) if at == host)})"
         for host in dict.fromkeys(actors)
