@@ -294,6 +294,20 @@ class SupervisionConfig:
 
 
 @dataclass(frozen=True)
+class RayConfig:
+    address: str = ""
+    """Ray cluster to run on: HOST:PORT of its head, or auto for the one this machine belongs to; empty: a Ray
+    of its own on this machine."""
+    placement_seconds: float = 120.0
+    """Longest wait until the cluster has room for every part."""
+    learner_cpus: int = 2
+    """CPUs of a cluster that learner and replay server share on one node; an actor and the evaluator take one
+    each."""
+    wait_for_gpu: bool = False
+    """Wait for a GPU that an autoscaler brings, also while the cluster has none at all."""
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     every_seconds: float = 5.0
     """Seconds between two rows of `metrics.jsonl` (and lines, when there is no terminal)."""
@@ -324,7 +338,7 @@ class Config:
     policy: Literal["actor", "planner"] = "actor"
     """Who acts: the actor network or the constrained planner."""
     backend: Literal["local", "inline"] = "local"
-    """Processes under a local Ray, or everything in one process."""
+    """Processes under Ray, or everything in one process."""
     env: EnvConfig = field(default_factory=EnvConfig)
     actors: ActorsConfig = field(default_factory=ActorsConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
@@ -337,6 +351,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
@@ -568,6 +583,13 @@ def _problems(config: Config) -> Iterable[str]:
         yield f"safety.constraint {safety.constraint} needs costs: safety.cost_model learned or geometric"
     if safety.penalty != "none" and safety.cost_model == "none":
         yield f"safety.penalty {safety.penalty} needs costs: safety.cost_model learned or geometric"
+    if config.ray.address.startswith("ray://"):
+        yield (
+            f"a run cannot live on the other side of {config.ray.address}: use `safedreamer submit --address "
+            "http://HEAD:8265 -- train ...`, or HOST:PORT of the head (usually 6379) on one of its nodes"
+        )
+    if config.ray.address and config.backend == "inline":
+        yield "backend inline is one process: use backend local, or an empty --ray-address"
     if config.policy == "actor" and safety.penalty != "none":
         yield "safety.penalty shapes plans: use it with policy planner, or safety.constraint pid"
     if safety.penalty != "none" and safety.constraint != "none":

@@ -1,4 +1,4 @@
-"""The command line: safedreamer train | eval | import | plot | doctor | list."""
+"""The command line: safedreamer train | submit | job | eval | import | plot | doctor | list."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from rich.console import Console
 from common import config as configuration
 from common.config import Config
 from common.types import UserError
+from deploy import shipping
 from deploy.eval_files import checked_files
-from deploy.flags import EvalArgs, ImportArgs, PlotArgs, parse, parse_train
+from deploy.flags import EvalArgs, ImportArgs, JobArgs, PlotArgs, SubmitArgs, parse, parse_train
 
 USAGE = """usage: safedreamer COMMAND [OPTIONS]
 
   train    train an agent, or continue one        safedreamer train --help
+  submit   train on a Ray cluster, as a job       safedreamer submit --help
+  job      status, logs, stop or list of jobs     safedreamer job --help
   eval     evaluate a run or a checkpoint         safedreamer eval --help
   import   convert a published checkpoint         safedreamer import --help
   plot     curves of several runs in one figure   safedreamer plot --help
@@ -30,9 +33,12 @@ USAGE = """usage: safedreamer COMMAND [OPTIONS]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script. Exit codes: 0 done, 1 failed, 2 user error, 128 + n signal n."""
+    shipping.take_secrets()
     argv = list(sys.argv[1:] if arguments is None else arguments)
     commands = {
         "train": _train,
+        "submit": _submit,
+        "job": _job,
         "eval": _eval,
         "import": _import,
         "plot": _plot,
@@ -67,6 +73,8 @@ def _train(argv: list[str]) -> int:
     cfg = args.settings
     if args.wandb is not None:
         cfg = configuration.merge(cfg, {"logging": {"wandb": args.wandb}}, "--wandb")
+    if args.ray_address is not None:
+        cfg = configuration.merge(cfg, {"ray": {"address": args.ray_address}}, "--ray-address")
     configuration.check(cfg)
     from deploy import run_dir as runs
 
@@ -110,6 +118,39 @@ def _run(cfg: Config, run: Path, *, resume: bool) -> int:
         command = f"eval {run}" if finished else f"train --resume {run}"
         print(f"safedreamer: stopped and saved; go on with: safedreamer {command}", file=sys.stderr)
     return exit_code(outcome)
+
+
+def _submit(argv: list[str]) -> int:
+    own, separator, command = _split(argv, "--")
+    args = parse(SubmitArgs, own, "submit")
+    if not separator:
+        raise UserError("what the job does stands after --: safedreamer submit --address URL -- train ...")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from deploy.submit import submit
+
+    return submit(args, command)
+
+
+def _split(words: list[str], separator: str) -> tuple[list[str], bool, list[str]]:
+    if separator not in words:
+        return words, False, []
+    at = words.index(separator)
+    return words[:at], True, words[at + 1 :]
+
+
+def _job(argv: list[str]) -> int:
+    args = parse(JobArgs, argv, "job")
+    from deploy import jobs
+
+    if args.action == "list":
+        return jobs.show_all(args.address)
+    if not args.id:
+        raise UserError(f"name the job: safedreamer job {args.action} ID; `safedreamer job list` shows them")
+    if args.action == "status":
+        return jobs.show(args.address, args.id)
+    if args.action == "stop":
+        return jobs.stop(args.address, args.id, wait=args.wait)
+    return jobs.logs(args.address, args.id, follow=args.follow)
 
 
 def _eval(argv: list[str]) -> int:
@@ -201,3 +242,7 @@ def _no_options(command: str, argv: list[str]) -> None:
         sys.exit(0)
     if argv:
         raise UserError(f"`safedreamer {command}` takes no options, but got {argv[0]}")
+
+
+if __name__ == "__main__":  # as a job runs it, from a copy of the program
+    main()

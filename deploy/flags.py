@@ -35,7 +35,7 @@ class TrainArgs:
     """Directory of the new run. Default: runs/TASK/METHOD-SIZE-seedN-TIME."""
     resume: Path | None = None
     """Continue this run with its saved configuration; only env steps, logging, evaluation, checkpoints,
-    supervision, backend, inference and the numbers of actors and devices may change."""
+    supervision, Ray, backend, inference and the numbers of actors and devices may change."""
     from_checkpoint: Path | None = None
     """Begin a new run with what a run or a checkpoint holds: parameters, optimizer states, multiplier. It
     takes the checkpoint's configuration; what changes no shapes may change. The loaded policy acts from the
@@ -44,6 +44,8 @@ class TrainArgs:
     """YAML files with settings; they win over presets, flags win over them."""
     wandb: Literal["online", "offline", "off"] | None = None
     """Short for --logging.wandb."""
+    ray_address: str | None = None
+    """Short for --ray.address: the Ray cluster to run on."""
     print_config: bool = False
     """Print the resolved configuration as YAML and stop."""
 
@@ -107,6 +109,38 @@ class PlotArgs:
     """The figure to write."""
     mean: bool = False
     """One line: the mean over the runs, and their range."""
+
+
+@dataclass(frozen=True)
+class SubmitArgs:
+    """Train on a Ray cluster, as a job of it: `safedreamer submit [OPTIONS] -- train ...`."""
+
+    address: str | None = None
+    """The cluster's dashboard, http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, else this machine's."""
+    run_dir: Path | None = None
+    """Directory of the new run: an absolute path on storage that all nodes share."""
+    submission_id: str | None = None
+    """Name of the job. Default: safedreamer-TIME-RANDOM."""
+    python: str = "python"
+    """The cluster's Python, with requirements.lock installed."""
+    wait: bool = True
+    """Follow the logs until the job ends, and exit with 0 if it has succeeded, else 1."""
+
+
+@dataclass(frozen=True)
+class JobArgs:
+    """Look after the jobs of a Ray cluster. `stop` lets the run save a checkpoint first."""
+
+    action: tyro.conf.Positional[Literal["status", "logs", "stop", "list"]]
+    """What to do."""
+    id: tyro.conf.Positional[str] = ""
+    """Which job (not for list)."""
+    address: str | None = None
+    """The cluster's dashboard, http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, else this machine's."""
+    follow: bool = False
+    """Of logs: go on until the job ends."""
+    wait: bool = True
+    """Of stop: until the job has ended."""
 
 
 class Train(NamedTuple):
@@ -222,7 +256,7 @@ def parse(form: type[_Args], argv: list[str], command: str, default: _Args | Non
     paragraphs = [lines for lines in paragraphs if lines]
     sentence = " ".join(paragraphs[0]).removesuffix(".")
     proposed = [line for lines in paragraphs if lines[0].startswith("Perhaps") for line in lines[1:]]
-    options = [line.split()[0] for line in proposed if line.startswith("--")]
+    options = [word.rstrip(",") for line in proposed for word in line.split() if word.startswith("--")]
     word = sentence.partition(": ")[2].partition(",")[0]
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.0)
     hint = f" (did you mean `{near[0]}`?)" if near else ""

@@ -19,7 +19,7 @@ from deploy import wiring
 from deploy.weights import Holder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
 from replay.process import spawn_server
-from replay.server import choose_ports
+from replay.server import free_ports, ports_from
 
 
 class ThreadProxy:
@@ -88,7 +88,7 @@ class InlineWorkers:
         self._cfg, self._spec, self._run = cfg, spec, run
         self.central = wiring.central_inference(cfg, gpus=0)
         self._holder = Holder()
-        self._ports = choose_ports(cfg.replay)
+        self._ports = ports_from(cfg.replay, free_ports)
         self._addresses = [f"localhost:{port}" for port in self._ports]
         self._proxies: dict[str, ThreadProxy] = {}
 

@@ -1,4 +1,4 @@
-"""The parts of a run as Ray actors on this machine."""
+"""The parts of a run as Ray actors, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from common.config import Config
 from common.metrics import MetricsWriter
 from common.types import EnvSpec, UserError
 from deploy import run_dir as runs
-from deploy import signals, wiring
-from deploy.accelerators import SHARED_CARD, shares
+from deploy import shipping, signals, wiring
+from deploy.accelerators import card
+from deploy.cluster import Cluster, Options, Placement, ThisMachine
+from deploy.joining import connect
 from deploy.weights import Holder, RayHolder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
-from replay.server import ReplayInfo, ReplayServer, choose_ports
+from replay.server import ReplayInfo, ReplayServer, ports_from
 
-_ROOT = Path(__file__).resolve().parent.parent
 _STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
 _ANSWER_SECONDS = 1.0  # an actor looks up from its wait for a decision this often
 _PAUSE_SECONDS = 0.2  # before it asks a server again that is gone
@@ -156,95 +157,96 @@ class _Evaluator(EvaluatorWorker):
         super().__init__(cfg, spec, RayHolder(holder))
 
 
-class RayWorkers:
-    """The `deploy.driver.Workers` under Ray: starts a Ray of its own unless one is running in this process.
+class _Metrics(MetricsWriter):
+    """A cluster's processes do not inherit the driver's environment, and what Ray is told, it shows."""
 
-    Raises UserError when Ray cannot start.
+    def __init__(self, environ: dict[str, str], *rest: Any):
+        os.environ.update(environ)
+        super().__init__(*rest)
+
+
+class RayWorkers:
+    """The `deploy.driver.Workers` under Ray: on the configured cluster, else under a Ray of its own, unless
+    this process has joined or started one already.
+
+    Raises UserError when Ray cannot start, and when the cluster cannot be reached or has no room.
     """
 
     watched = True
 
     def __init__(self, cfg: Config, spec: EnvSpec, run: Path):
         self._cfg, self._spec, self._run = cfg, spec, run
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            start_ray()
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        self.central = wiring.central_inference(cfg, gpus)
-        self._shares = shares(gpus, cfg.learner.devices, self.central)
         self._handles: dict[str, Any] = {}
-        self._ports = choose_ports(cfg.replay)
-        self._addresses = [f"{ray.util.get_node_ip_address()}:{port}" for port in self._ports]
-        # What it holds comes back with the next version: Ray may restart it by itself.
-        self._holder = self._start("holder", Holder, max_restarts=-1)
+        self._place: Placement | None = None
+        self._owns_ray = not ray.is_initialized()
+        try:
+            if self._owns_ray:
+                connect(cfg.ray) if cfg.ray.address else start_ray()
+            place = self._place = Cluster(cfg, run) if cfg.ray.address else ThisMachine(cfg)
+            self.central = place.central
+            self._ports = ports_from(cfg.replay, place.free_ports)
+            self._addresses = [f"{place.host}:{port}" for port in self._ports]
+            # What it holds comes back with the next version: Ray may restart it by itself.
+            self._holder = self._start("holder", Holder, place=place.beside_driver() | {"max_restarts": -1})
+        except BaseException:
+            self.close()
+            raise
 
     def replay(self, shard: int) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard])
-        return RayProxy(self._start(f"replay{shard}", _Replay, *arguments, env=_ON_CPU))
+        place = self._placed.replay()
+        return RayProxy(self._start(f"replay{shard}", _Replay, *arguments, place=place, env=_ON_CPU))
 
     def learner(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run, self._holder, self._addresses)
+        place = self._placed.learner()
+        env = memory.KEEP_FREED | card(place)
+        return RayProxy(self._start("learner", _Learner, *arguments, place=place, env=env))
+
+    def inference(self) -> RayProxy:
+        arguments = (self._cfg, self._spec, self._holder)
+        place = self._placed.inference()
+        calls = {"max_concurrency": self._cfg.actors.count + _SPARE_CALLS}
         return RayProxy(
-            self._start(
-                "learner",
-                _Learner,
-                *arguments,
-                env=memory.KEEP_FREED | _card(self._shares.learner),
-                num_gpus=self._shares.learner,
-            )
+            self._start("inference", _Inference, *arguments, place=place | calls, env=card(place))
         )
 
     def evaluator(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._holder)
-        share = self._shares.evaluator
-        env = _card(share) if share else _ON_CPU | _ONE_THREAD
-        return RayProxy(self._start("evaluator", _Evaluator, *arguments, env=env, num_gpus=share))
+        place = self._placed.evaluator()
+        env = card(place) if place.get("num_gpus") else _ON_CPU | _ONE_THREAD
+        return RayProxy(self._start("evaluator", _Evaluator, *arguments, place=place, env=env))
 
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> RayProxy:
-        arguments = (self._run, self._cfg.logging, cfg, resume_env_steps)
-        return RayProxy(self._start("metrics", MetricsWriter, *arguments))
-
-    def inference(self) -> RayProxy:
-        return RayProxy(
-            self._start(
-                "inference",
-                _Inference,
-                self._cfg,
-                self._spec,
-                self._holder,
-                env=_card(self._shares.inference),
-                num_gpus=self._shares.inference,
-                max_concurrency=self._cfg.actors.count + _SPARE_CALLS,
-            )
-        )
+        environ = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+        arguments = (environ, self._run, self._cfg.logging, cfg, resume_env_steps)
+        return RayProxy(self._start("metrics", _Metrics, *arguments, place=self._placed.beside_driver()))
 
     def actor(self, index: int, life: int, prefill: int) -> RayProxy:
         server = lambda: self._handles.get("inference")  # noqa: E731
-        arguments = (
-            self._cfg,
-            self._spec,
-            self._holder,
-            server(),
-            self._addresses[index % len(self._addresses)],
-            index,
-            life,
-            prefill,
-        )
-        handle = self._start(f"actor{index}", _Actor, *arguments, env=_ON_CPU | _ONE_THREAD)
-        return _ActorProxy(handle, server)
+        address = self._addresses[index % len(self._addresses)]
+        arguments = (self._cfg, self._spec, self._holder, server(), address, index, life, prefill)
+        place, env = self._placed.actor(index), _ON_CPU | _ONE_THREAD
+        return _ActorProxy(self._start(f"actor{index}", _Actor, *arguments, place=place, env=env), server)
 
     def close(self) -> None:
         for name in list(self._handles):
             self._end(name)
+        if self._place is not None:
+            self._place.close()
         if self._owns_ray:
             ray.shutdown()
 
+    @property
+    def _placed(self) -> Placement:
+        assert self._place is not None
+        return self._place
+
     def _start(
-        self, name: str, part: type, *args: Any, env: dict[str, str] | None = None, **needs: Any
+        self, name: str, part: type, *args: Any, place: Options, env: dict[str, str] | None = None
     ) -> Any:
         self._end(name)
-        # CPUs are oversubscribed on purpose: the rate limiter shares them out better than Ray can.
-        remote = ray.remote(part).options(num_cpus=0, runtime_env={"env_vars": env or {}}, **needs)
+        remote = ray.remote(part).options(runtime_env={"env_vars": env or {}}, **place)
         self._handles[name] = remote.remote(*args)
         return self._handles[name]
 
@@ -263,7 +265,7 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # Ray would write escape codes into files, too
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(shipping.ROOT), os.environ.get("PYTHONPATH")]))
     try:
         with signals.held_back():  # Ray would take the handler of SIGTERM, and its processes would see Ctrl-C
             ray.init(
@@ -281,11 +283,6 @@ def start_ray() -> None:
             f"Ray did not start ({' '.join(str(error).split())[:300]}); `safedreamer doctor` checks it, and "
             "--backend inline trains without it"
         ) from error
-
-
-def _card(share: float) -> dict[str, str]:
-    """Environment of a process with this share of GPUs."""
-    return SHARED_CARD if 0 < share < 1 else {}
 
 
 def _settle(answer: Future[Any], done: Future[Any]) -> None:

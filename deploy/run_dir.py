@@ -38,6 +38,7 @@ RESUMABLE = (
     "evaluation",
     "checkpoint",
     "supervision",
+    "ray",
     "logging",
 )
 

@@ -69,7 +69,8 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
         if resume:
             runs.check_unfinished(run, cfg)
             runs.write_config(run, cfg)
-        _announce_memory(cfg, spec)
+        if not cfg.ray.address:  # there another node holds the buffer
+            _announce_memory(cfg, spec)
         workers = BACKENDS[cfg.backend](cfg, spec, run)
         try:
             outcome = Driver(cfg, spec, run, workers, status).run(resume)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,9 @@ class ReplayServer:
         return reverb.Server([table], port=self.port, checkpointer=checkpointer)
 
 
-def choose_ports(cfg: ReplayConfig) -> list[int]:
-    """One per shard: those that follow `cfg.port`, or free ones."""
-    return list(range(cfg.port, cfg.port + cfg.shards)) if cfg.port else free_ports(cfg.shards)
+def ports_from(cfg: ReplayConfig, free: Callable[[int], list[int]]) -> list[int]:
+    """One per shard: those that follow `cfg.port`, or so many that are `free`."""
+    return list(range(cfg.port, cfg.port + cfg.shards)) if cfg.port else free(cfg.shards)
 
 
 def free_ports(count: int) -> list[int]:

@@ -71,7 +71,7 @@ TITLES = {
     "replay": "ray::_Replay",
     "inference": "ray::_Inference",
     "evaluator": "ray::_Evaluator",
-    "metrics": "ray::MetricsWriter",
+    "metrics": "ray::_Metrics",
     "holder": "ray::Holder",
 }
 

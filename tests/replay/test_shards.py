@@ -13,7 +13,7 @@ import pytest
 
 from common.config import ReplayConfig
 from replay.sampler import BatchSampler
-from replay.server import choose_ports
+from replay.server import free_ports, ports_from
 from replay.shards import ShardedSampler, batches
 from replay.writer import StreamWriter
 
@@ -114,5 +114,5 @@ def test_one_server_needs_no_putting_together(two, streams):
 
 
 def test_ports_follow_the_first_or_differ():
-    assert choose_ports(dataclasses.replace(CONFIG, port=7000, shards=3)) == [7000, 7001, 7002]
-    assert len(set(choose_ports(dataclasses.replace(CONFIG, shards=20)))) == 20
+    assert ports_from(dataclasses.replace(CONFIG, port=7000, shards=3), free_ports) == [7000, 7001, 7002]
+    assert len(set(ports_from(dataclasses.replace(CONFIG, shards=20), free_ports))) == 20
