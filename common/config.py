@@ -654,8 +654,8 @@ def _not_positive(config: Config) -> Iterable[str]:
             yield f"`{name}` must be finite"
         if name in _SHARES and value > 1:
             yield f"`{name}` must be at most 1, not {value}"
-        if name == "replay.port" and value > 65535:
-            yield f"`{name}` must be a port number (0 to 65535), not {value}"
+        if name == "replay.port" and value > 65536 - config.replay.shards:
+            yield f"`{name}` must be a port number (0 to 65535, with one more per shard), not {value}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

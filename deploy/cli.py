@@ -71,10 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(argv: list[str]) -> int:
     args, saved, warm = parse_train(argv)
     cfg = args.settings
-    if args.wandb is not None:
-        cfg = configuration.merge(cfg, {"logging": {"wandb": args.wandb}}, "--wandb")
-    if args.ray_address is not None:
-        cfg = configuration.merge(cfg, {"ray": {"address": args.ray_address}}, "--ray-address")
+    for flag, group, name in (
+        ("wandb", "logging", "wandb"),
+        ("ray_address", "ray", "address"),
+        ("max_staleness", "actors", "max_staleness"),
+    ):
+        value = getattr(args, flag)
+        if value is not None:
+            cfg = configuration.merge(cfg, {group: {name: value}}, f"--{flag.replace('_', '-')}")
     configuration.check(cfg)
     from deploy import run_dir as runs
 

@@ -44,6 +44,8 @@ class TrainArgs:
     """YAML files with settings; they win over presets, flags win over them."""
     wandb: Literal["online", "offline", "off"] | None = None
     """Short for --logging.wandb."""
+    max_staleness: int | None = None
+    """Short for --actors.max-staleness."""
     ray_address: str | None = None
     """Short for --ray.address: the Ray cluster to run on."""
     print_config: bool = False

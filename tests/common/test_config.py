@@ -307,6 +307,12 @@ COORDINATES = {"observation": "coordinates"}
         ({"safety": {"pid": {"cost_decay": 1.5}}}, "`safety.pid.cost_decay` must be at most 1"),
         ({"safety": {"pid": {"kp": -0.1}}}, "`safety.pid.kp` must be at least 0"),
         ({"replay": {"port": 70_000}}, "`replay.port` must be a port number"),
+        ({"replay": {"port": 65_535, "shards": 2}}, "`replay.port` must be a port number"),
+        ({"replay": {"shards": 2}, "actors": {"count": 1}}, "replay.shards (2) must not exceed actors.count"),
+        ({"replay": {"shards": 3}, "actors": {"count": 3}}, "must be a multiple of replay.shards (3)"),
+        ({"inference": {"max_batch": 7}, "actors": {"envs": 8}}, "inference.max_batch (7) must not be below"),
+        ({"inference": {"max_wait_ms": -1.0}}, "`inference.max_wait_ms` must be at least 0"),
+        ({"actors": {"max_staleness": -1}}, "`actors.max_staleness` must be at least 0"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, sentence):
