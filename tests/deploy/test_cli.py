@@ -238,7 +238,7 @@ def test_help_explains_every_setting_with_its_default():
         flag = f"--{re.sub('_(?=.)', '-', name)}"
         explained = re.search(rf"{re.escape(flag)}[ ,][^─]*?\(default:\s+([^)]*)\)", text)
         assert explained, flag
-        assert explained[1].replace("│", "").split()[0] == str(value), flag
+        assert explained[1].replace("│", "").split()[0] == (str(value) or "''"), flag
     for flag in ("--run-dir", "--resume", "--config", "--wandb", "--print-config"):
         assert flag in text
 
