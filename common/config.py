@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import ipaddress
 import math
 import re
 import typing
@@ -55,7 +56,10 @@ class ReplayConfig:
     stride: int = 1
     """Agent steps between the starts of stored windows."""
     port: int = 0
-    """Port of the replay server on this machine; 0 picks a free one."""
+    """Port of the replay server on its machine; 0 picks a free one."""
+    host: str = "auto"
+    """The one address at which the replay server answers: auto is loopback, on a cluster the node's own; an
+    IP address of its machine; or 0.0.0.0 for every address."""
     checkpoint: bool = True
     """Save the replay buffer with every checkpoint."""
     import_mode: Literal["lite", "full"] = "lite"
@@ -535,6 +539,8 @@ def _problems(config: Config) -> Iterable[str]:
             f"replay.stride ({config.replay.stride}) must not exceed learner.batch_length ({window}): "
             "steps between two windows would never be replayed"
         )
+    if config.replay.host != "auto" and not _is_address(config.replay.host):
+        yield f"`replay.host` must be auto, an IP address, or 0.0.0.0 for all, not {config.replay.host!r:.50}"
     if learner.train_ratio * config.replay.stride / window < 1e-3:
         yield f"learner.train_ratio ({learner.train_ratio}) is too small to train at all"
     if safety.constraint != "none" and safety.cost_model == "none":
@@ -552,6 +558,13 @@ def _problems(config: Config) -> Iterable[str]:
             f"safety.cost_model {safety.cost_model} reads hazard positions: {config.task} must be observed "
             "with env.observation coordinates (Goal tasks), or use a method that learns costs (osrp)"
         )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
 
 
 _SHARES = {

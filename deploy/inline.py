@@ -16,6 +16,7 @@ from common.types import EnvSpec, replay_spec
 from deploy import run_dir as runs
 from deploy.weights import Holder
 from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
+from replay import binding
 from replay.process import spawn_server
 from replay.server import free_port
 
@@ -44,7 +45,7 @@ class ThreadProxy:
 class _Replay:
     """A replay server as a child process, with the calls that the driver makes."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, port: int):
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, port: int, host: str):
         self._server = spawn_server(
             replay_spec(spec),
             cfg.replay,
@@ -54,6 +55,7 @@ class _Replay:
             min_steps=cfg.learner.prefill,
             streams=cfg.actors.count * cfg.actors.envs,
             port=port,
+            host=host,
             checkpoint_dir=run / runs.REPLAY,
             log=run / runs.REPLAY_LOG,
         )
@@ -74,11 +76,13 @@ class InlineWorkers:
         self._cfg, self._spec, self._run = cfg, spec, run
         self._holder = Holder()
         self._port = cfg.replay.port or free_port()
-        self._address = f"localhost:{self._port}"
+        self._host = binding.chosen_host(cfg.replay.host, binding.LOOPBACK)
+        self._address = binding.address(binding.reached_at(self._host), self._port)
         self._proxies: dict[str, ThreadProxy] = {}
 
     def replay(self) -> ThreadProxy:
-        return self._start("replay", lambda: _Replay(self._cfg, self._spec, self._run, self._port))
+        arguments = (self._cfg, self._spec, self._run, self._port, self._host)
+        return self._start("replay", lambda: _Replay(*arguments))
 
     def learner(self) -> ThreadProxy:
         arguments = (self._cfg, self._spec, self._run, self._holder, self._address)

@@ -20,6 +20,7 @@ from deploy import run_dir as runs
 from deploy import signals
 from deploy.weights import Holder, RayHolder
 from deploy.workers import ActorWorker, EvaluatorWorker, LearnerWorker
+from replay import binding
 from replay.server import ReplayInfo, ReplayServer, free_port
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,7 @@ class RayProxy:
 class _Replay:
     """A replay server in a process of its own; what Reverb says goes to a file, not across the view."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, directory: Path, log: Path, port: int):
+    def __init__(self, cfg: Config, spec: EnvSpec, directory: Path, log: Path, port: int, host: str):
         with open(log, "a") as file:
             os.dup2(file.fileno(), 2)
         self._server = ReplayServer(
@@ -64,6 +65,7 @@ class _Replay:
             min_steps=cfg.learner.prefill,
             streams=cfg.actors.count * cfg.actors.envs,
             port=port,
+            host=host,
             checkpoint_dir=directory,
         )
 
@@ -108,13 +110,15 @@ class RayWorkers:
             start_ray()
         self._handles: dict[str, Any] = {}
         self._port = cfg.replay.port or free_port()
-        self._address = f"{ray.util.get_node_ip_address()}:{self._port}"
+        node = ray.util.get_node_ip_address()
+        self._host = binding.chosen_host(cfg.replay.host, node)
+        self._address = binding.address(binding.reached_at(self._host, node), self._port)
         # What it holds comes back with the next version: Ray may restart it by itself.
         self._holder = self._start("holder", Holder, max_restarts=-1)
 
     def replay(self) -> RayProxy:
-        arguments = (self._cfg, self._spec, self._run / runs.REPLAY, self._run / runs.REPLAY_LOG, self._port)
-        return RayProxy(self._start("replay", _Replay, *arguments, env=_ON_CPU))
+        places = (self._run / runs.REPLAY, self._run / runs.REPLAY_LOG, self._port, self._host)
+        return RayProxy(self._start("replay", _Replay, self._cfg, self._spec, *places, env=_ON_CPU))
 
     def learner(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run, self._holder, self._address)

@@ -33,6 +33,7 @@ RESUMABLE = (
     "actors.count",
     "actors.slice_seconds",
     "learner.devices",
+    "replay.host",
     "evaluation",
     "checkpoint",
     "supervision",

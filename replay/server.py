@@ -11,7 +11,7 @@ from typing import Any
 
 from common.config import ReplayConfig
 from common.types import ArraySpec, UserError
-from replay import backend
+from replay import backend, binding
 from replay.storage import CheckpointStore
 from replay.table import table_spec
 
@@ -33,10 +33,12 @@ class ReplayServer:
     With a `checkpoint_dir` the newest intact checkpoint is restored first; `restored` names it and
     `messages` holds sentences about damaged ones, for the caller to log. `streams` is the number of
     environments that write. `port` (default `cfg.port`; 0 picks one) stays the same over restarts, so that
-    writers and samplers find the server again: choose it once and pass it to every restart.
+    writers and samplers find the server again: choose it once and pass it to every restart. It answers only
+    at the address `host` of this machine (`replay.binding`).
 
-    Raises UserError when the port is taken, when the checkpoint belongs to another table definition
-    (naming the field), and where there is no Reverb. Do not sample in the server's own process.
+    Raises UserError when the port is taken or cannot be kept to the address, when the checkpoint belongs to
+    another table definition (naming the field), and where there is no Reverb. Do not sample in the server's
+    own process.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class ReplayServer:
         min_steps: int,
         streams: int = 1,
         port: int | None = None,
+        host: str = binding.LOOPBACK,
         checkpoint_dir: Path | None = None,
     ):
+        binding.check_host(host)
         self.spec = table_spec(
             signature,
             cfg,
@@ -69,7 +73,13 @@ class ReplayServer:
         self.port = (cfg.port if port is None else port) or free_port()
         _await_port(self.port)
         self._server = self._start(backend.load(cfg.import_mode))
-        self._client = backend.connect(f"localhost:{self.port}", cfg.import_mode)
+        try:
+            binding.keep_to(host, self.port)
+        except UserError:
+            self._server.stop()
+            raise
+        address = binding.address(binding.reached_at(host), self.port)
+        self._client = backend.connect(address, cfg.import_mode)
 
     def checkpoint(self) -> Path:
         """Saves the table and returns the directory. Older checkpoints survive a failure (UserError)."""
