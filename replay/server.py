@@ -68,11 +68,9 @@ class ReplayServer:
         self.messages: list[str] = []
         self.restored: Path | None = None
         self._store = CheckpointStore(checkpoint_dir, self.spec) if checkpoint_dir is not None else None
-        if self._store is not None:
-            self.restored, self.messages = self._store.newest()
         self.port = (cfg.port if port is None else port) or free_port()
         _await_port(self.port)
-        self._server = self._start(backend.load(cfg.import_mode))
+        self._server = self._restored(backend.load(cfg.import_mode))
         try:
             binding.keep_to(host, self.port)
         except UserError:
@@ -102,6 +100,19 @@ class ReplayServer:
     def stop(self) -> None:
         """Ends the service; writers and samplers that wait for it go on waiting."""
         self._server.stop()
+
+    def _restored(self, reverb: Any) -> Any:
+        """The server with the newest checkpoint that Reverb can read."""
+        refused: dict[Path, str] = {}
+        while True:
+            if self._store is not None:
+                self.restored, self.messages = self._store.newest(refused)
+            try:
+                return self._start(reverb)
+            except RuntimeError as error:
+                if self.restored is None:
+                    raise
+                refused[self.restored] = str(error)
 
     def _start(self, reverb: Any) -> Any:
         spec = self.spec
