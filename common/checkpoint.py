@@ -192,9 +192,11 @@ def _is_ours(path: Path) -> bool:
 
 def _is_description(entry: Any) -> bool:
     """Whether an entry of a manifest describes an array, as `_describe` does."""
-    if not isinstance(entry, dict) or entry.keys() != {"shape", "dtype"} or entry["dtype"] not in _DTYPES:
+    if not isinstance(entry, dict) or entry.keys() != {"shape", "dtype"}:
         return False
-    shape = entry["shape"]
+    shape, dtype = entry["shape"], entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        return False
     return isinstance(shape, list) and len(shape) <= 32 and all(is_count(size, 2**40) for size in shape)
 
 

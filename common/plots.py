@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -91,16 +91,17 @@ def plot_runs(
 
 def _curve(rows: Sequence[dict[str, Any]], name: str) -> Curve:
     """All rows that hold a value under `name`, with its `_std` where there is one."""
-    found = [
-        (row["env_steps"], row[name], row[f"{name}_std"] if _is_number(row.get(f"{name}_std")) else 0.0)
-        for row in rows
-        if _is_number(row.get(name))
-    ]
+    found = []
+    for row in rows:
+        value, spread = row.get(name), row.get(f"{name}_std")
+        if _is_number(value):
+            spread = spread if _is_number(spread) and spread >= 0 else 0.0
+            found.append((row["env_steps"], value, spread))
     columns = np.array(sorted(found, key=lambda entry: entry[0]), dtype=np.float64).reshape(-1, 3)
     return Curve(columns[:, 0], columns[:, 1], columns[:, 2])
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     """Whether a value of a row can be drawn."""
     return isinstance(value, int | float) and abs(value) < 1e30
 

@@ -44,7 +44,8 @@ def is_count(value: Any, most: int = 2**63 - 1) -> bool:
 
 def is_inside(directory: Path, name: str) -> bool:
     """Whether `name` is a plain relative path to something below `directory`, through no symbolic link."""
-    if not name or "\0" in name or os.path.isabs(name) or os.path.normpath(name) != name:
+    plain = 0 < len(name) < 256 and name.isprintable()
+    if not plain or os.path.isabs(name) or os.path.normpath(name) != name:
         return False
     root = os.path.realpath(directory)
     wanted = os.path.join(root, name)
