@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from common.manifest import (
+    MANIFEST,
     DamagedCheckpoint,
     looks_complete,
     read_manifest,
@@ -32,10 +34,14 @@ from common.manifest import (
     write_manifest,
 )
 from common.types import Params, UserError
+from common.untrusted import is_count, shown
 
 FORMAT = 1
 ARRAYS = "arrays"
 HIDDEN = ".unfinished-"
+_MOST_PER_BYTE, _OVERHEAD = 2, 100_000_000  # bytes on disk: per byte of the arrays, and beside them
+_DTYPES = {"bool", "float16", "bfloat16", "float32", "float64"}
+_DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 NAME = re.compile(r"step_(\d{12,})(?:\.(\d+))?")  # the suffix tells two saves of one step apart
 
 
@@ -109,11 +115,8 @@ def restore(path: Path, like: Params) -> Restored:
     import jax
 
     path = Path(path).absolute()
-    content = verify(path)
-    if content["format"] != FORMAT:
-        raise UserError(
-            f"checkpoint {path} has format {content['format']}, this version reads format {FORMAT}"
-        )
+    content = _read(path)
+    verify(path)
     expected = _flatten(like)
     _check_fit(path, content["arrays"], {name: _describe(leaf) for name, leaf in expected.items()})
     loaded = _read_arrays(path, content["arrays"])
@@ -125,17 +128,19 @@ def restore(path: Path, like: Params) -> Restored:
 def check_fit(path: Path, like: Params) -> None:
     """Raises UserError when a checkpoint does not hold exactly the arrays of `like`; reads none of them."""
     expected = {name: _describe(leaf) for name, leaf in _flatten(like).items()}
-    _check_fit(path, read_manifest(Path(path))["arrays"], expected)
+    _check_fit(path, _read(Path(path))["arrays"], expected)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The `meta` of one checkpoint, without reading its arrays."""
-    return read_manifest(Path(path))["meta"]
+    return _read(Path(path))["meta"]
 
 
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint (all files there and of the right size), or None."""
-    return next((path for path in _candidates(Path(directory)) if looks_complete(path)), None)
+    return next(
+        (path for path in _candidates(Path(directory)) if looks_complete(path) and _is_ours(path)), None
+    )
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -147,7 +152,7 @@ def find_checkpoint(path: Path | str) -> Path:
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"no run or checkpoint at {path}{hint}")
     if NAME.fullmatch(path.name):
-        read_manifest(path)
+        _read(path)
         return path
     for directory in (path / "checkpoints", path):
         found = latest(directory)
@@ -157,6 +162,46 @@ def find_checkpoint(path: Path | str) -> Path:
         f"{path} holds no complete checkpoint; give a run directory, its checkpoints/ or one "
         "checkpoints/step_... in it"
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, of the form that `save` gives it.
+
+    Raises DamagedCheckpoint for anything else, and UserError for another format.
+    """
+    content = read_manifest(path)
+    if content.get("format") != FORMAT:
+        found = shown(content.get("format"))
+        raise UserError(f"checkpoint {path} has format {found}, this version reads format {FORMAT}")
+    arrays: Any = content.get("arrays")
+    whole = isinstance(arrays, dict) and all(map(_is_description, arrays.values()))
+    if not whole or not isinstance(content.get("meta"), dict) or not is_count(content.get("step")):
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: its {MANIFEST} describes no checkpoint")
+    needed = sum(_bytes(entry) for entry in arrays.values())
+    if sum(size for size, _ in content["files"].values()) > _MOST_PER_BYTE * needed + _OVERHEAD:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: its files are far larger than its arrays")
+    return content
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return bool(_read(path))
+    except DamagedCheckpoint:
+        return False
+
+
+def _is_description(entry: Any) -> bool:
+    """Whether an entry of a manifest describes an array, as `_describe` does."""
+    if not isinstance(entry, dict) or entry.keys() != {"shape", "dtype"}:
+        return False
+    shape, dtype = entry["shape"], entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        return False
+    return isinstance(shape, list) and len(shape) <= 32 and all(is_count(size, 2**40) for size in shape)
+
+
+def _bytes(described: Mapping[str, Any]) -> int:
+    return math.prod(described["shape"]) * np.dtype(described["dtype"]).itemsize
 
 
 def _flatten(tree: Params) -> dict[str, Any]:
@@ -229,13 +274,24 @@ def _read_arrays(path: Path, described: Mapping[str, Any]) -> dict[str, np.ndarr
     if len(arrays) < len(described):
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                item = checkpointer.metadata(path / ARRAYS).item_metadata
+                _check_stored({} if item is None else item.tree, described)
                 stored = checkpointer.restore(path / ARRAYS, args=ocp.args.PyTreeRestore())
         except Exception as error:
-            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {error}") from error
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {shown(str(error), 300)}") from error
         arrays.update({name: np.asarray(array) for name, array in stored.items()})
     if {name: _describe(array) for name, array in arrays.items()} != described:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: its arrays are not those of its manifest")
     return arrays
+
+
+def _check_stored(stored: Mapping[str, Any], described: Mapping[str, Any]) -> None:
+    """Raises ValueError when reading would take more room than the arrays that the manifest describes."""
+    for name, array in stored.items():
+        shape = described.get(name, {}).get("shape")
+        chunk = array.storage.chunk_shape if array.storage is not None else array.shape
+        if list(array.shape) != shape or any(c > max(1, size) for c, size in zip(chunk, shape, strict=True)):
+            raise ValueError(f"{shown(name)} is stored with another shape than its manifest says")
 
 
 def _check_fit(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import ipaddress
 import math
 import re
 import typing
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from common.types import UserError
+from common.untrusted import read_bytes, shown
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _CHOICES = ("method", "size", "task")  # what chooses presets
@@ -71,7 +73,10 @@ class ReplayConfig:
     """Replay servers. Actors are spread over them, every batch is drawn from all of them alike, and one that
     is down holds up its own actors only."""
     port: int = 0
-    """Port of the replay server (of the first; others follow it); 0 picks free ones."""
+    """Port of the replay server on its machine (of the first; others follow it); 0 picks free ones."""
+    host: str = "auto"
+    """The one address at which the replay servers answer: auto is loopback, on a cluster the node's own; an
+    IP address of their machine; or 0.0.0.0 for every address."""
     checkpoint: bool = True
     """Save the replay buffer with every checkpoint."""
     import_mode: Literal["lite", "full"] = "lite"
@@ -360,18 +365,25 @@ class Config:
 _T = Any  # a dataclass instance
 
 
+_MAX_YAML = 100_000  # bytes; a complete configuration has about 6,000
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-3` as a number, as YAML 1.2 does and YAML 1.1 does not, and refuses a key
-    that stands twice in one mapping: the first one's settings would be lost in silence."""
+    that stands twice in one mapping: the first one's settings would be lost in silence. It refuses merge
+    keys (`<<`), too: a few nested ones unfold without an end."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        names = [key.value for key in keys]
-        for key in keys:
-            if names.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"`{key.value}` stands twice in one group", key.start_mark
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            name = key.value if isinstance(key.value, str) else None
+            if name in seen or key.tag == "tag:yaml.org,2002:merge":
+                what = (
+                    f"`{shown(name)}` stands twice in one group" if name in seen else "`<<` is not supported"
                 )
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            if name is not None:
+                seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -391,11 +403,13 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """One YAML mapping. Raises UserError for a missing file, bad syntax or anything but a mapping."""
     try:
-        content = yaml.load(path.read_text(), _Loader)
+        content = yaml.load(read_bytes(path, _MAX_YAML).decode(), _Loader)
     except FileNotFoundError:
         raise UserError(f"there is no configuration file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read as YAML: it is nested too deeply") from None
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {shown(str(error), 300)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -415,12 +429,12 @@ def merge(config: _T, layer: Mapping[str, Any], source: str, prefix: str = "") -
     hints = typing.get_type_hints(type(config))
     changes = {}
     for key, value in layer.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{shown(key)}"
         if key not in hints:
-            raise UserError(f"{source}: there is no setting `{name}`{did_you_mean(str(key), hints)}")
+            raise UserError(f"{source}: there is no setting `{name}`{did_you_mean(shown(key), hints)}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise UserError(f"{source}: `{name}` is a group of settings, not the value {value!r}")
+                raise UserError(f"{source}: `{name}` is a group of settings, not the value {_quoted(value)}")
             changes[key] = merge(getattr(config, key), value, source, f"{name}.")
         else:
             changes[key] = _typed(value, hints[key], name, source)
@@ -430,21 +444,25 @@ def merge(config: _T, layer: Mapping[str, Any], source: str, prefix: str = "") -
 def _typed(value: Any, hint: Any, name: str, source: str) -> Any:
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
-        if value in choices:
+        if isinstance(value, str) and value in choices:
             return value
         # YAML reads a bare `off` as False.
         if value is False and "off" in choices:
             return "off"
         options = ", ".join(map(str, choices))
-        hint_text = did_you_mean(str(value), choices)
-        raise UserError(f"{source}: `{name}` must be one of {options}, not {value!r}{hint_text}")
+        hint_text = did_you_mean(shown(value), choices)
+        raise UserError(f"{source}: `{name}` must be one of {options}, not {_quoted(value)}{hint_text}")
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e6 means a million
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         return float(value)
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
-        raise UserError(f"{source}: `{name}` must be a {hint.__name__}, not {value!r}")
+        raise UserError(f"{source}: `{name}` must be a {hint.__name__}, not {_quoted(value)}")
     return value
+
+
+def _quoted(value: Any) -> str:
+    return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -557,6 +575,9 @@ def check(config: Config) -> None:
 def _problems(config: Config) -> Iterable[str]:
     yield from _not_positive(config)
     learner, planner, safety = config.learner, config.planner, config.safety
+    for kind, name in (("method", config.method), ("size", config.size)):
+        if name not in presets(kind):
+            yield f"there is no {kind} `{shown(name)}`{did_you_mean(shown(name), presets(kind))}"
     if planner.elites > planner.samples:
         yield f"planner.elites ({planner.elites}) must not exceed planner.samples ({planner.samples})"
     window, capacity = learner.batch_length, config.replay.capacity
@@ -577,6 +598,9 @@ def _problems(config: Config) -> Iterable[str]:
             f"replay.stride ({config.replay.stride}) must not exceed learner.batch_length ({window}): "
             "steps between two windows would never be replayed"
         )
+    if config.replay.host != "auto" and not _is_address(config.replay.host):
+        host = shown(config.replay.host)
+        yield f"`replay.host` must be auto, an IP address, or 0.0.0.0 for all, not {host}"
     if learner.train_ratio * config.replay.stride / window < 1e-3:
         yield f"learner.train_ratio ({learner.train_ratio}) is too small to train at all"
     if safety.constraint != "none" and safety.cost_model == "none":
@@ -601,6 +625,13 @@ def _problems(config: Config) -> Iterable[str]:
             f"safety.cost_model {safety.cost_model} reads hazard positions: {config.task} must be observed "
             "with env.observation coordinates (Goal tasks), or use a method that learns costs (osrp)"
         )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
 
 
 _SHARES = {
@@ -643,9 +674,15 @@ _MAY_BE_ZERO = {
 }
 
 
+_MAY_BE_HUGE = {"env_steps", "replay.capacity", "evaluation.every", "evaluation.seed", "learner.prefill"}
+
+
 def _not_positive(config: Config) -> Iterable[str]:
     for name, value in flatten(to_dict(config)).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if isinstance(value, int) and abs(value) > (2**53 if name in _MAY_BE_HUGE else 2**31 - 1):
+            yield f"`{name}` is too large: {shown(value)}"
             continue
         zero_is_fine = name in _MAY_BE_ZERO or name.startswith(("safety.augmented.", "safety.pid."))
         if math.isnan(value) or value < 0 or (value == 0 and not zero_is_fine):

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from common.types import UserError
+from common.untrusted import is_count, is_inside, read_json, shown
 
 MANIFEST = "manifest.json"
+_MAX_BYTES = 20_000_000  # the largest has about 100,000
 
 
 class DamagedCheckpoint(UserError):
@@ -36,20 +38,27 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What `write_manifest` sealed. Raises DamagedCheckpoint when it is missing or was changed."""
+    """What `write_manifest` sealed. Raises DamagedCheckpoint when it is missing or was changed, or when it
+    names a file that is not inside the directory."""
     file = path / MANIFEST
     if not file.is_file():
         raise DamagedCheckpoint(f"checkpoint {path} is incomplete: it has no {MANIFEST}")
     try:
-        document = json.loads(file.read_bytes())
+        document = read_json(file, _MAX_BYTES)
         content = document["content"]
         intact = document["checksum"] == _checksum(content)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        files = content["files"]
+        described = all(is_count(size) and isinstance(checksum, str) for size, checksum in files.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        reason = shown(str(error), 200)
         raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged: {MANIFEST} is unreadable ({error})"
+            f"checkpoint {path} is damaged: {MANIFEST} is unreadable ({reason})"
         ) from error
-    if not intact:
+    if not intact or not described:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged: {MANIFEST} was changed")
+    for name in files:
+        if not is_inside(path, name):
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {shown(name)} is no file inside it")
     return content
 
 

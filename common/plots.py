@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
-import yaml
 
+from common.config import read_yaml
 from common.metrics import EPISODES, METRICS
 from common.sinks import read_jsonl
+from common.types import UserError
 
 TRAIN, EVAL, REFERENCE, LIMIT = "#0072B2", "#D55E00", "#555555", "#000000"
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -90,13 +91,19 @@ def plot_runs(
 
 def _curve(rows: Sequence[dict[str, Any]], name: str) -> Curve:
     """All rows that hold a value under `name`, with its `_std` where there is one."""
-    found = [
-        (row["env_steps"], row[name], row.get(f"{name}_std") or 0.0)
-        for row in rows
-        if row.get(name) is not None
-    ]
+    found = []
+    for row in rows:
+        value, spread = row.get(name), row.get(f"{name}_std")
+        if _is_number(value):
+            spread = spread if _is_number(spread) and spread >= 0 else 0.0
+            found.append((row["env_steps"], value, spread))
     columns = np.array(sorted(found, key=lambda entry: entry[0]), dtype=np.float64).reshape(-1, 3)
     return Curve(columns[:, 0], columns[:, 1], columns[:, 2])
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a row can be drawn."""
+    return isinstance(value, int | float) and abs(value) < 1e30
 
 
 def _best_curve(run_dir: Path, name: str) -> Curve:
@@ -115,11 +122,11 @@ def _smooth(curve: Curve) -> Curve:
 def _cost_limit(run_dir: Path) -> float | None:
     """The limit on the cost of an episode, where the run's constraint is about whole episodes."""
     try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(run_dir / "config.yaml")
         if config["safety"]["constraint"] != "pid" and config["policy"] != "planner":
             return None
         return float(config["safety"]["cost_limit"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None  # a plot without the line is better than none
 
 

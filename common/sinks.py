@@ -14,16 +14,18 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from common.types import UserError
+from common.untrusted import is_count
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_ROW = 100_000  # characters of a line; rows have about 2,000
 WANDB_TIMEOUT = 30.0  # seconds that starting and finishing a W&B run may take
 
 # TensorBoard and W&B group curves by what stands before the slash: one group per quantity.
@@ -193,7 +195,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with open(path, encoding="utf-8", errors="replace") as file:
-        return [row for row in map(_parse, file) if row is not None]
+        return [row for row in map(_parse, _lines(file)) if row is not None]
 
 
 def truncate_jsonl(path: Path, env_steps: int) -> int:
@@ -205,7 +207,7 @@ def truncate_jsonl(path: Path, env_steps: int) -> int:
         open(path, encoding="utf-8", errors="replace") as source,
         open(kept, "w", encoding="utf-8") as target,
     ):
-        for line in source:
+        for line in _lines(source):
             row = _parse(line)
             if row is None or row["env_steps"] > env_steps:
                 removed += 1
@@ -215,12 +217,17 @@ def truncate_jsonl(path: Path, env_steps: int) -> int:
     return removed
 
 
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file; one that is too long to be a row, in pieces, which are none either."""
+    return iter(lambda: file.readline(_LONGEST_ROW), "")
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "env_steps" in row else None
+    return row if isinstance(row, dict) and is_count(row.get("env_steps")) else None
 
 
 def _json_value(value: Any) -> Any:

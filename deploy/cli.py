@@ -14,6 +14,7 @@ from rich.console import Console
 from common import config as configuration
 from common.config import Config
 from common.types import UserError
+from common.untrusted import printable
 from deploy import shipping
 from deploy.eval_files import checked_files
 from deploy.flags import EvalArgs, ImportArgs, JobArgs, PlotArgs, SubmitArgs, parse, parse_train
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"there is no command `{argv[0]}`{near}\n{USAGE.rstrip()}")
         code = commands[argv[0]](argv[1:])
     except UserError as error:
-        print(f"safedreamer: {error}", file=sys.stderr)
+        print(f"safedreamer: {printable(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -18,6 +18,7 @@ from deploy import run_dir as runs
 from deploy import wiring
 from deploy.weights import Holder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
+from replay import binding
 from replay.process import spawn_server
 from replay.server import free_ports, ports_from
 
@@ -51,10 +52,11 @@ class ThreadProxy:
 class _Replay:
     """A replay server as a child process, with the calls that the driver makes."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, shard: int, port: int):
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, shard: int, port: int, host: str):
         self._server = spawn_server(
             **wiring.replay_arguments(cfg, spec, shard),
             port=port,
+            host=host,
             checkpoint_dir=runs.replay_dir(run, shard, cfg.replay.shards),
             log=run / runs.REPLAY_LOG,
         )
@@ -89,11 +91,13 @@ class InlineWorkers:
         self.central = wiring.central_inference(cfg, gpus=0)
         self._holder = Holder()
         self._ports = ports_from(cfg.replay, free_ports)
-        self._addresses = [f"localhost:{port}" for port in self._ports]
+        self._host = binding.chosen_host(cfg.replay.host, binding.LOOPBACK)
+        reached = binding.reached_at(self._host)
+        self._addresses = [binding.address(reached, port) for port in self._ports]
         self._proxies: dict[str, ThreadProxy] = {}
 
     def replay(self, shard: int) -> ThreadProxy:
-        arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard])
+        arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard], self._host)
         return self._start(f"replay{shard}", lambda: _Replay(*arguments))
 
     def learner(self) -> ThreadProxy:

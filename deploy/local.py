@@ -27,6 +27,7 @@ from deploy.cluster import Cluster, Options, Placement, ThisMachine
 from deploy.joining import connect
 from deploy.weights import Holder, RayHolder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
+from replay import binding
 from replay.server import ReplayInfo, ReplayServer, ports_from
 
 _STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
@@ -62,12 +63,13 @@ class RayProxy:
 class _Replay:
     """A replay server in a process of its own; what Reverb says goes to a file, not across the view."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, shard: int, port: int):
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, shard: int, port: int, host: str):
         with open(run / runs.REPLAY_LOG, "a") as file:
             os.dup2(file.fileno(), 2)
         self._server = ReplayServer(
             **wiring.replay_arguments(cfg, spec, shard),
             port=port,
+            host=host,
             checkpoint_dir=runs.replay_dir(run, shard, cfg.replay.shards),
         )
 
@@ -185,7 +187,9 @@ class RayWorkers:
             place = self._place = Cluster(cfg, run) if cfg.ray.address else ThisMachine(cfg)
             self.central = place.central
             self._ports = ports_from(cfg.replay, place.free_ports)
-            self._addresses = [f"{place.host}:{port}" for port in self._ports]
+            self._host = binding.chosen_host(cfg.replay.host, place.host)
+            reached = binding.reached_at(self._host, place.host)
+            self._addresses = [binding.address(reached, port) for port in self._ports]
             # What it holds comes back with the next version: Ray may restart it by itself.
             self._holder = self._start("holder", Holder, place=place.beside_driver() | {"max_restarts": -1})
         except BaseException:
@@ -193,7 +197,7 @@ class RayWorkers:
             raise
 
     def replay(self, shard: int) -> RayProxy:
-        arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard])
+        arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard], self._host)
         place = self._placed.replay()
         return RayProxy(self._start(f"replay{shard}", _Replay, *arguments, place=place, env=_ON_CPU))
 

@@ -51,7 +51,7 @@ _RAY = """
 import sys, time, ray
 start = time.monotonic()
 ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=10**8, log_to_driver=False,
-         logging_level="error", _temp_dir=sys.argv[2])
+         logging_level="error", _node_ip_address="127.0.0.1", _temp_dir=sys.argv[2])
 assert ray.get(ray.remote(lambda: 42).remote(), timeout=60) == 42
 ray.shutdown()
 facts = {"version": ray.__version__, "seconds": time.monotonic() - start}

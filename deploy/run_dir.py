@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -17,6 +18,8 @@ from common import config as configuration
 from common.config import Config
 from common.metrics import EPISODES, METRICS
 from common.types import UserError
+from common.untrusted import is_count
+from deploy.outcome import Counters
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -25,6 +28,11 @@ REPLAY_LOG = "replay.log"
 PLOT = "curves.png"
 LOCK = ".lock"
 WARM_START = "from_checkpoint.json"
+
+_OWN = {
+    *(CONFIG, METRICS, EPISODES, CHECKPOINTS, REPLAY, REPLAY_LOG, PLOT, LOCK, WARM_START),
+    *("tensorboard", "wandb"),
+}
 
 # What may change when a run is resumed; everything else would make another run of it.
 RESUMABLE = (
@@ -35,6 +43,7 @@ RESUMABLE = (
     "actors.max_staleness",
     "inference",
     "learner.devices",
+    "replay.host",
     "evaluation",
     "checkpoint",
     "supervision",
@@ -87,6 +96,15 @@ def discard_unused(path: Path) -> None:
         path.rmdir()
 
 
+def check_links(path: Path) -> None:
+    """Raises UserError when something of a run is a symbolic link: training would write where it leads."""
+    for entry in sorted(path.iterdir()):
+        if entry.name in _OWN and entry.is_symlink():
+            raise UserError(
+                f"{entry} is a symbolic link, through which no run writes; put the thing itself there"
+            )
+
+
 def write_config(path: Path, cfg: Config) -> None:
     """Writes config.yaml whole or not at all. Raises OSError."""
     temporary = path / f".{CONFIG}.tmp"
@@ -102,10 +120,25 @@ def read_config(path: Path) -> Config:
 
 
 def config_of(found: Path, meta: Mapping[str, Any]) -> Config:
-    """The configuration saved in the checkpoint `found`. Raises UserError when it holds none."""
-    if "config" not in meta:
+    """The configuration saved in the checkpoint `found`.
+
+    Raises UserError when it holds none, or not the counts that a training saves with it.
+    """
+    if not _is_of_a_training(meta):
         raise UserError(f"{found} is not a checkpoint of `safedreamer train`: it holds no configuration")
-    return configuration.from_dict(meta["config"], str(found))
+    cfg = configuration.from_dict(meta["config"], str(found))
+    configuration.check(cfg)
+    return cfg
+
+
+def _is_of_a_training(meta: Mapping[str, Any]) -> bool:
+    config, counters = meta.get("config"), meta.get("counters")
+    if not isinstance(config, dict) or not isinstance(counters, dict):
+        return False
+    known = {field.name for field in dataclasses.fields(Counters)}
+    numbers = all(isinstance(value, int | float) and -1 <= value < 2**63 for value in counters.values())
+    counts = all(is_count(meta.get(name)) for name in ("env_steps", "updates", "version"))
+    return numbers and counts and counters.keys() <= known
 
 
 def check_resumable(saved: Config, wanted: Config) -> None:
@@ -122,8 +155,11 @@ def check_resumable(saved: Config, wanted: Config) -> None:
 
 def check_unfinished(path: Path, cfg: Config) -> None:
     """Raises UserError when a run has its env steps already."""
-    newest = checkpoint.latest(path / CHECKPOINTS)
-    done = checkpoint.read_meta(newest)["env_steps"] if newest is not None else 0
+    newest, done = checkpoint.latest(path / CHECKPOINTS), 0
+    if newest is not None:
+        meta = checkpoint.read_meta(newest)
+        config_of(newest, meta)
+        done = meta["env_steps"]
     if done >= cfg.env_steps:
         raise UserError(
             f"this run has its {done} env steps already; to go on, give --env-steps more than that"

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import psutil
 
 from common import memory
@@ -13,12 +14,13 @@ from common.config import Config
 from common.plots import plot_run
 from common.status import Status
 from common.terminal import RunResult, TerminalView, print_result
-from common.types import EnvSpec, replay_spec
+from common.types import EnvSpec, UserError, replay_spec
 from deploy import run_dir as runs
 from deploy import signals, warm_start, wiring
 from deploy.driver import Driver, Workers
 from deploy.outcome import Outcome
 from deploy.warm_start import WarmStart
+from learner.train_step import TrainStep
 from replay.table import memory_ceiling, table_spec
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def check(cfg: Config, warm: WarmStart | None = None) -> EnvSpec:
     """Raises UserError for what only the environment's description, the replay table and the checkpoint
     from which the run begins can tell."""
     spec = wiring.spec_of(cfg)
-    wiring.train_step(cfg, spec)
+    _check_size(wiring.train_step(cfg, spec))
     if warm is not None:
         warm_start.check_arrays(warm, cfg, spec)
     for shard in range(cfg.replay.shards):
@@ -59,6 +61,7 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
     there is anything to save (or for the second time).
     """
     spec = check(cfg)
+    runs.check_links(run)
     status = Status(cfg.method, cfg.task, cfg.size, cfg.seed, run, cfg.env_steps)
     status.train_ratio_target = cfg.learner.train_ratio
     with (
@@ -78,6 +81,17 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
             workers.close()
     _report(cfg, run, outcome)
     return outcome
+
+
+def _check_size(train: TrainStep) -> None:
+    """Raises UserError when this machine could not even hold what is trained."""
+    arrays = jax.tree.leaves(jax.eval_shape(train.init, 0))
+    needed, there = sum(x.size * x.dtype.itemsize for x in arrays), psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"parameters and optimizer states would take {needed / 1e9:,.0f} GB, and this machine has "
+            f"{there / 1e9:,.0f} GB; choose a smaller --size, or smaller sizes in world_model and behavior"
+        )
 
 
 def _announce_memory(cfg: Config, spec: EnvSpec) -> None:

@@ -16,8 +16,11 @@ from common import checkpoint
 from common import config as configuration
 from common.config import Config
 from common.types import EnvSpec, UserError
+from common.untrusted import is_count, read_json, shown
 from deploy import run_dir as runs
 from deploy import wiring
+
+_MAX_BYTES = 10_000
 
 # Settings that name the agent or change the shapes of its arrays.
 _FIXED = (
@@ -90,11 +93,15 @@ def read(run: Path) -> WarmStart | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
-        start = WarmStart(Path(content["checkpoint"]), int(content["random_steps"]))
+        content = read_json(path, _MAX_BYTES)
+        start = WarmStart(Path(content["checkpoint"]), content["random_steps"])
+        if not is_count(start.random_steps):
+            raise ValueError("random_steps is no count")
+        exists = start.checkpoint.exists()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); start a new run with --from-checkpoint") from None
-    if not start.checkpoint.exists():
+        reason = shown(str(error), 200)
+        raise UserError(f"{path} is damaged ({reason}); start a new run with --from-checkpoint") from None
+    if not exists:
         raise UserError(
             f"this run begins from {start.checkpoint}, which is gone; put it back or start a new run"
         )

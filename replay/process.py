@@ -22,6 +22,7 @@ from typing import Any
 
 from common.config import ReplayConfig
 from common.types import ArraySpec, UserError
+from replay.binding import LOOPBACK
 from replay.server import ReplayInfo, ReplayServer
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +109,7 @@ def spawn_server(
     min_steps: int,
     streams: int = 1,
     port: int | None = None,
+    host: str = LOOPBACK,
     checkpoint_dir: Path | None = None,
     log: Path | None = None,
     ready_timeout: float = 600.0,
@@ -126,6 +128,7 @@ def spawn_server(
         "min_steps": min_steps,
         "streams": streams,
         "port": port,
+        "host": host,
         "checkpoint_dir": None if checkpoint_dir is None else str(checkpoint_dir),
     }
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.config import ReplayConfig
 from common.types import ArraySpec, UserError
-from replay import backend
+from replay import backend, binding
 from replay.storage import CheckpointStore
 from replay.table import table_spec
 
@@ -34,10 +34,12 @@ class ReplayServer:
     With a `checkpoint_dir` the newest intact checkpoint is restored first; `restored` names it and
     `messages` holds sentences about damaged ones, for the caller to log. `streams` is the number of
     environments that write. `port` (0 picks one) stays the same over restarts, so that
-    writers and samplers find the server again: choose it once and pass it to every restart.
+    writers and samplers find the server again: choose it once and pass it to every restart. It answers only
+    at the address `host` of this machine (`replay.binding`).
 
-    Raises UserError when the port is taken, when the checkpoint belongs to another table definition
-    (naming the field), and where there is no Reverb. Do not sample in the server's own process.
+    Raises UserError when the port is taken or cannot be kept to the address, when the checkpoint belongs to
+    another table definition (naming the field), and where there is no Reverb. Do not sample in the server's
+    own process.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class ReplayServer:
         min_steps: int,
         streams: int = 1,
         port: int | None = None,
+        host: str = binding.LOOPBACK,
         checkpoint_dir: Path | None = None,
     ):
+        binding.check_host(host)
         self.spec = table_spec(
             signature,
             cfg,
@@ -65,12 +69,16 @@ class ReplayServer:
         self.messages: list[str] = []
         self.restored: Path | None = None
         self._store = CheckpointStore(checkpoint_dir, self.spec) if checkpoint_dir is not None else None
-        if self._store is not None:
-            self.restored, self.messages = self._store.newest()
         self.port = port or free_ports(1)[0]
         _await_port(self.port)
-        self._server = self._start(backend.load(cfg.import_mode))
-        self._client = backend.connect(f"localhost:{self.port}", cfg.import_mode)
+        self._server = self._restored(backend.load(cfg.import_mode))
+        try:
+            binding.keep_to(host, self.port)
+        except UserError:
+            self._server.stop()
+            raise
+        address = binding.address(binding.reached_at(host), self.port)
+        self._client = backend.connect(address, cfg.import_mode)
 
     def checkpoint(self) -> Path:
         """Saves the table and returns the directory. Older checkpoints survive a failure (UserError)."""
@@ -93,6 +101,19 @@ class ReplayServer:
     def stop(self) -> None:
         """Ends the service; writers and samplers that wait for it go on waiting."""
         self._server.stop()
+
+    def _restored(self, reverb: Any) -> Any:
+        """The server with the newest checkpoint that Reverb can read."""
+        refused: dict[Path, str] = {}
+        while True:
+            if self._store is not None:
+                self.restored, self.messages = self._store.newest(refused)
+            try:
+                return self._start(reverb)
+            except RuntimeError as error:
+                if self.restored is None:
+                    raise
+                refused[self.restored] = str(error)
 
     def _start(self, reverb: Any) -> Any:
         spec = self.spec

@@ -10,13 +10,17 @@ A save is moved out of `scratch` by one rename, so a killed save leaves nothing 
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.manifest import DamagedCheckpoint, sync_directory, verify, write_manifest
 from common.types import UserError
+from common.untrusted import shown
 from replay.table import TableSpec
 
 FORMAT = 1  # of the columns, see `replay.table.Layout`
@@ -42,6 +46,8 @@ class CheckpointStore:
         self._definition = definition(spec)
         try:
             shutil.rmtree(self.scratch, ignore_errors=True)  # an interrupted save
+            if self.scratch.is_symlink():  # Reverb would delete what lies where it leads
+                self.scratch.unlink()
             self.scratch.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
@@ -50,11 +56,15 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Checkpoints, newest first; whether they are intact is not checked."""
-        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+        found = [path for path in found if path.is_dir() and not path.is_symlink()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
-    def newest(self) -> tuple[Path | None, list[str]]:
+    def newest(self, refused: Mapping[Path, str] = MappingProxyType({})) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and a sentence for every newer one that is damaged.
+
+        Args:
+            refused: what Reverb could not restore although it was intact, and why.
 
         Raises UserError when it holds a table that is defined differently from the present one.
         """
@@ -62,10 +72,12 @@ class CheckpointStore:
         for path in self.complete():
             try:
                 content = verify(path)
+                if path in refused:
+                    raise DamagedCheckpoint(f"checkpoint {path} is damaged: {shown(refused[path], 200)}")
             except DamagedCheckpoint as error:
                 skipped.append(f"The replay {error}; it is passed over.")
                 continue
-            self._compare(path, content.get("table", {}))
+            self._compare(path, content.get("table"))
             return path, skipped
         return None, skipped
 
@@ -80,14 +92,20 @@ class CheckpointStore:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
-    def _compare(self, path: Path, stored: dict[str, Any]) -> None:
+    def _compare(self, path: Path, stored: Any) -> None:
         for field, setting in _FIXED.items():
-            if stored.get(field) != self._definition[field]:
+            found = stored.get(field) if isinstance(stored, dict) else None
+            mine = self._definition[field]
+            if found != mine:
                 raise UserError(
                     f"The replay checkpoint {path} was made with another {field} "
-                    f"({stored.get(field)} instead of {self._definition[field]}): keep {setting} as it was, "
+                    f"({_told(found)} instead of {_told(mine)}): keep {setting} as it was, "
                     f"or remove {self.directory} to start with an empty replay buffer."
                 )
+
+
+def _told(value: Any) -> str:
+    return shown(json.dumps(value), 500)
 
 
 def definition(spec: TableSpec) -> dict[str, Any]:

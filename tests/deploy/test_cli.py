@@ -452,8 +452,9 @@ def test_eval_of_somebody_elses_checkpoint(refused, run, tmp_path, tiny_config):
 
     foreign = checkpoint.save(tmp_path / "foreign", 1, {"x": np.zeros(3)}, {})
     assert "is not a checkpoint of `safedreamer train`" in refused("eval", foreign)
-    config = to_dict(tiny_config())
-    other = checkpoint.save(tmp_path / "other", 1, {"x": np.zeros(3)}, {"config": config})
+    counts = {"counters": {}, "env_steps": 1, "updates": 1, "version": 1}
+    meta = {"config": to_dict(tiny_config())} | counts
+    other = checkpoint.save(tmp_path / "other", 1, {"x": np.zeros(3)}, meta)
     assert "was made by another configuration" in refused("eval", other)
 
 

@@ -12,6 +12,7 @@ from common import checkpoint
 from common.config import Config, merge
 from common.types import UserError
 from deploy import run_dir as runs
+from tests.deploy.conftest import meta_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,9 +79,11 @@ def test_a_run_is_finished_when_its_newest_checkpoint_has_all_env_steps(tmp_path
     cfg = Config(env_steps=1_000)
     runs.check_unfinished(tmp_path, cfg)
     for env_steps in (500, 999):
-        checkpoint.save(tmp_path / runs.CHECKPOINTS, env_steps, {"x": np.ones(2)}, {"env_steps": env_steps})
+        meta = meta_of(cfg, env_steps) | {"updates": 1, "version": 1}
+        checkpoint.save(tmp_path / runs.CHECKPOINTS, env_steps, {"x": np.ones(2)}, meta)
         runs.check_unfinished(tmp_path, cfg)
-    checkpoint.save(tmp_path / runs.CHECKPOINTS, 1_040, {"x": np.ones(2)}, {"env_steps": 1_040})
+    meta = meta_of(cfg, 1_040) | {"updates": 2, "version": 2}
+    checkpoint.save(tmp_path / runs.CHECKPOINTS, 1_040, {"x": np.ones(2)}, meta)
     with pytest.raises(UserError, match="has its 1040 env steps already; to go on, give --env-steps more"):
         runs.check_unfinished(tmp_path, cfg)
     runs.check_unfinished(tmp_path, dataclasses.replace(cfg, env_steps=2_000))

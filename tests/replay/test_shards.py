@@ -63,7 +63,7 @@ def test_every_batch_holds_as_many_windows_of_each_server(two, streams):
     assert drawn(sampler, streams, 1) == {0: 2, 1: 2}
     later = drawn(sampler, streams, 50)
     sampler.close()
-    assert later[0] == pytest.approx(100, abs=20)  # a part that is late is taken from the other
+    assert later[0] == pytest.approx(100, abs=60)  # a part that is late is taken from the other
 
 
 def test_a_server_without_data_and_one_that_is_killed_hold_nobody_up(two, streams):
