@@ -41,6 +41,7 @@ RESUMABLE = (
     "actors.count",
     "actors.slice_seconds",
     "learner.devices",
+    "learner.precision",
     "replay.host",
     "evaluation",
     "checkpoint",

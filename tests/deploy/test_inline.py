@@ -42,9 +42,12 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     return [row for row in read_jsonl(run / METRICS) if "eval/return" in row]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed):
-    run, outcome = run_of(tmp_path, seed=seed)
+@pytest.mark.parametrize(
+    ("seed", "precision"), [(0, "float32"), (1, "float32"), (2, "float32"), (0, "bfloat16")]
+)
+def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed, precision, caplog):
+    run, outcome = run_of(tmp_path, seed=seed, learner={"precision": precision})
+    assert ("bfloat16 is slow on a cpu" in caplog.text) == (precision == "bfloat16")
     assert outcome.signal is None
     untrained, before, *_, last = evaluations(run)
     assert untrained["env_steps"] == 0
