@@ -266,6 +266,9 @@ class LearnerConfig:
     """Updates in a row with a non-finite loss or gradient after which the run stops."""
     devices: int = 1
     """Devices of the learner's machine that share each batch (data parallel); 0: all."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of what enters matrix products and convolutions in training; parameters, losses and sums stay float32.
+    bfloat16 is for accelerators."""
 
 
 @dataclass(frozen=True)

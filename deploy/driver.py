@@ -147,6 +147,8 @@ class Driver:
         self._record("write", {"time/compile_seconds": started.compile_seconds})
         self._await(lambda: journal.confirmed)
         logger.info("learner compiled in %.0f s on %s", started.compile_seconds, started.backend)
+        if self._cfg.learner.precision == "bfloat16" and started.backend == "cpu":
+            logger.warning("bfloat16 is slow on a cpu; --learner.precision float32 trains the same there")
         # Nobody acts or learns before the evaluator is up: its first evaluation is of the untrained policy.
         self._parts.ask(EVALUATOR, "refresh", unless=self._interrupted)
         if self._workers.central:

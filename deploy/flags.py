@@ -35,7 +35,8 @@ class TrainArgs:
     """Directory of the new run. Default: runs/TASK/METHOD-SIZE-seedN-TIME."""
     resume: Path | None = None
     """Continue this run with its saved configuration; only env steps, logging, evaluation, checkpoints,
-    supervision, Ray, backend, inference and the numbers of actors and devices may change."""
+    supervision, Ray, backend, inference, precision, replay host and the numbers of actors and devices may
+    change."""
     from_checkpoint: Path | None = None
     """Begin a new run with what a run or a checkpoint holds: parameters, optimizer states, multiplier. It
     takes the checkpoint's configuration; what changes no shapes may change. The loaded policy acts from the

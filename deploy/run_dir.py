@@ -43,6 +43,7 @@ RESUMABLE = (
     "actors.max_staleness",
     "inference",
     "learner.devices",
+    "learner.precision",
     "replay.host",
     "evaluation",
     "checkpoint",

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from common.config import WorldModelConfig
 from common.types import VECTOR, EnvSpec
 from learner.layers import MLP, Head, LayerNorm, Linear, symlog, truncated_normal, uniform
+from learner.precision import convolve
 
 Obs = Mapping[str, Array]  # name -> [*n, ...], see `EnvSpec.obs`
 
 _KERNEL = 4
-_STRIDE = 2
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
+_STRIDES = (2, 2)
+_SAME = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 _SMALLEST = 4  # side of the last feature map, pixels
 
 
@@ -32,8 +33,7 @@ class Conv(eqx.Module):
         self.norm = LayerNorm(fan_out)
 
     def __call__(self, x: Float[Array, "n h w i"]) -> Float[Array, "n h/2 w/2 o"]:
-        strides = (_STRIDE, _STRIDE)
-        x = jax.lax.conv_general_dilated(x, self.kernel, strides, "SAME", dimension_numbers=_LAYOUT)
+        x = convolve(jax.lax.conv_general_dilated, x, self.kernel, window_strides=_STRIDES, **_SAME)
         return jax.nn.silu(self.norm(x))
 
 
@@ -50,7 +50,7 @@ class Deconv(eqx.Module):
         self.bias = jnp.zeros(fan_out) if plain else None
 
     def __call__(self, x: Float[Array, "n h w i"]) -> Float[Array, "n 2h 2w o"]:
-        x = jax.lax.conv_transpose(x, self.kernel, (_STRIDE, _STRIDE), "SAME", dimension_numbers=_LAYOUT)
+        x = convolve(jax.lax.conv_transpose, x, self.kernel, strides=_STRIDES, **_SAME)
         return x + self.bias if self.norm is None else jax.nn.silu(self.norm(x))
 
 

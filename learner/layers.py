@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from learner.precision import matmul
+
 _TRUNCATED_STD = 0.87962566  # standard deviation of a unit normal truncated at 2 sigma
 _NORM_EPS = 1e-3
 
@@ -59,7 +61,7 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(fan_out) if bias else None
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        y = x @ self.weight
+        y = matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 

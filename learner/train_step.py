@@ -19,6 +19,7 @@ from learner.actor_critic import Actor, Critic, Outcome, Signal, critic_loss, ev
 from learner.cost_model import LATENT, CostModel, Features, Look, State, look_away
 from learner.lagrange import Constraint
 from learner.policy import ActingParams
+from learner.precision import compute_in
 from learner.returns import Moments
 from learner.world_model import WorldModel
 
@@ -102,6 +103,10 @@ class TrainStep:
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Trains everything on one batch [B, T, ...]; an update that is not finite changes nothing."""
+        with compute_in(self.cfg.learner.precision):
+            return self._step(state, batch)
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key, key_model, key_start, key_imagine = jax.random.split(state.key, 4)
         optimizers = self._optimizers()
 

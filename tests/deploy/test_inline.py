@@ -42,10 +42,16 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     return [row for row in read_jsonl(run / METRICS) if "eval/return" in row]
 
 
-@pytest.mark.parametrize(("seed", "inference"), [(0, "local"), (1, "local"), (2, "server")])
-def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed, inference):
-    run, outcome = run_of(tmp_path, seed=seed, inference={"mode": inference})
+@pytest.mark.parametrize(
+    ("seed", "inference", "precision"),
+    [(0, "local", "float32"), (1, "local", "float32"), (2, "server", "float32"), (0, "local", "bfloat16")],
+)
+def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed, inference, precision, caplog):
+    run, outcome = run_of(
+        tmp_path, seed=seed, inference={"mode": inference}, learner={"precision": precision}
+    )
     assert any("inference/batch" in row for row in read_jsonl(run / METRICS)) == (inference == "server")
+    assert ("bfloat16 is slow on a cpu" in caplog.text) == (precision == "bfloat16")
     assert outcome.signal is None
     untrained, before, *_, last = evaluations(run)
     assert untrained["env_steps"] == 0

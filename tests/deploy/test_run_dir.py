@@ -53,6 +53,8 @@ def test_a_directory_without_a_configuration_is_no_run(tmp_path):
         {"actors": {"count": 9, "slice_seconds": 9.0}},
         {"evaluation": {"every": 5, "episodes": 9, "seed": 4}},
         {"checkpoint": {"every_seconds": 5.0, "keep": 9}},
+        {"learner": {"devices": 9, "precision": "bfloat16"}},
+        {"replay": {"host": "0.0.0.0"}},
         {"logging": {"wandb": "offline", "live": False, "every_seconds": 9.0}},
     ],
 )

@@ -24,12 +24,9 @@ from tests.learner.tiny import CONFIG, SPEC, batch
 UPDATES = 3
 
 
-def learner(devices: int) -> Learner:
-    cfg = merge(
-        CONFIG,
-        {"learner": {"devices": devices, "batch_size": 4, "batch_length": 4, "publish_every": 1}},
-        "test",
-    )
+def learner(devices: int, precision: str = "float32") -> Learner:
+    sizes = {"batch_size": 4, "batch_length": 4, "publish_every": 1}
+    cfg = merge(CONFIG, {"learner": sizes | {"devices": devices, "precision": precision}}, "test")
     train = TrainStep(
         SPEC,
         cfg,
@@ -78,6 +75,12 @@ def main(directory: str) -> None:
     four.save(Path(directory), {"env_steps": 1})
     taken_over = learner(1)
     taken_over.restore(Path(directory))
+    rounded = [learner(1, "bfloat16"), learner(4, "bfloat16")]
+    for each in rounded:
+        each.compile()
+        each._update(wide(0))
+    losses = [each._read_metrics() for each in rounded]
+    rounded[0].restore(Path(directory))
     reward = jax.device_put(wide(0)["reward"], four._place.batch)
     print(
         json.dumps(
@@ -90,6 +93,8 @@ def main(directory: str) -> None:
                 "actor": off(one._state.actor, four._state.actor),
                 "critic": off(one._state.critic, four._state.critic),
                 "restored": off(four._state.model, taken_over._state.model),
+                "bfloat16": off(*({k: np.float32(m[k]) for k in m if k[:5] == "loss/"} for m in losses)),
+                "restored in bfloat16": off(four._state.model, rounded[0]._state.model),
                 "uneven": refusal(lambda: place(4, 6)),
                 "restored on": len(taken_over._state.updates.sharding.device_set),
             }

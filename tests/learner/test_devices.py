@@ -45,6 +45,11 @@ def test_a_checkpoint_of_four_devices_goes_on_with_one(compared: dict[str, Any])
     assert compared["restored on"] == 1
 
 
+def test_bfloat16_trains_on_four_devices_and_takes_over_their_checkpoint(compared: dict[str, Any]) -> None:
+    assert compared["bfloat16"] < 1e-2  # sums in another order are rounded otherwise
+    assert compared["restored in bfloat16"] == 0.0
+
+
 def test_devices_that_cannot_share_a_batch_evenly_are_an_error(compared: dict[str, Any]) -> None:
     assert compared["uneven"] == "learner.batch_size (6) must be a multiple of the 4 learner.devices"
 
