@@ -25,10 +25,11 @@ from common.metrics import Aggregator, summarize_episodes
 from common.status import Evaluation, Status
 from common.types import EnvSpec, EpisodeResult, UserError
 from deploy import signals
+from deploy.evaluations import Evaluations
 from deploy.journal import Journal
 from deploy.outcome import Counters, Outcome
 from deploy.saving import SAVE_REPLAY_SECONDS, SAVE_SECONDS, Saver
-from deploy.signals import Interrupted
+from deploy.signals import StopWish
 from deploy.supervision import (
     EVALUATOR,
     INFERENCE,
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 _RATE_SECONDS = 15.0  # window of the rates that are shown
 _SLICE_END_SECONDS = 30.0  # longest wait for the slices in flight when a run ends
-_ONE_SIGNAL_SECONDS = 1.0  # `timeout` and terminals may deliver one wish to stop as several signals
 _LOOK_SECONDS = 1.0  # between two looks at servers, which the driver asks for nothing else
 
 
@@ -93,10 +93,9 @@ class Driver:
         self._marks: deque[tuple[float, int, int]] = deque()
         self._acting = False
         self._learning = False
-        self._signal: int | None = None
-        self._signalled_at = 0.0
-        self._leaving: int | None = None  # the second signal
-        self._evaluating = False
+        self._wish = StopWish(self._stop_is_wished)
+        self._evaluations = Evaluations(cfg, self._parts, self._told_to_stop, self._evaluated)
+        self._summary: dict[str, float] | None = None  # of the newest evaluation
         self._resume = False  # how a learner starts
         self._started: Started | None = None
         self._replays_ready: set[str] = set()
@@ -113,7 +112,7 @@ class Driver:
         Raises:
             UserError: training cannot start or go on (what was trained is saved first if it can be).
         """
-        with signals.handled(self._on_signal):
+        with signals.handled(self._wish.hear):
             self._start(resume)
             try:
                 self._loop()
@@ -122,7 +121,7 @@ class Driver:
                 self._save_what_can_be_saved()
                 raise
             summary = self._finish()
-        return Outcome(self._counters, self._signal, summary)
+        return Outcome(self._counters, self._wish.signal, summary)
 
     # --- start ------------------------------------------------------------------------------------
 
@@ -150,13 +149,10 @@ class Driver:
         if self._cfg.learner.precision == "bfloat16" and started.backend == "cpu":
             logger.warning("bfloat16 is slow on a cpu; --learner.precision float32 trains the same there")
         # Nobody acts or learns before the evaluator is up: its first evaluation is of the untrained policy.
-        self._parts.ask(EVALUATOR, "refresh", unless=self._interrupted)
+        self._parts.ask(EVALUATOR, "refresh", unless=self._wish.leave_at_first)
         if self._workers.central:
-            self._parts.launch(
-                INFERENCE, self._workers.inference, lambda: self._parts.call(INFERENCE, "start")
-            )
-        if self._evaluation_is_due():
-            self._evaluate()
+            self._parts.launch(INFERENCE, self._workers.inference, self._begin_inference)
+        self._evaluations.begin_if_due(self._counters)
         self._acting = self._learning = True
         for name, index in self._actors.items():
             self._parts.launch(name, partial(self._make_actor, index), partial(self._begin_actor, name))
@@ -238,13 +234,13 @@ class Driver:
         self._started = started
 
     def _begin_evaluator(self) -> None:
-        if self._evaluating and self._acting:
-            self._evaluate()
+        if self._evaluations.running and self._acting:
+            self._evaluations.begin(self._counters.env_steps)
 
     # --- loop -------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while self._counters.env_steps < self._cfg.env_steps and self._signal is None:
+        while self._counters.env_steps < self._cfg.env_steps and not self._told_to_stop():
             self._step()
             self._update_status()
             now = time.monotonic()
@@ -254,11 +250,10 @@ class Driver:
             if now - self._looked_at >= _LOOK_SECONDS:
                 self._looked_at = now
                 self._look_at_servers()
-            if self._evaluation_is_due():
-                self._evaluate()
+            self._evaluations.begin_if_due(self._counters)
 
     def _step(self) -> None:
-        self._leave_if_told()
+        self._wish.leave_at_second()
         self._parts.step()
 
     def _act(self, name: str) -> None:
@@ -268,13 +263,10 @@ class Driver:
         share = max(1, remaining // len(self._actors))
         self._call_slice(name, share, self._version, then=lambda report: self._acted(name, report))
 
-    def _call_slice(self, name: str, *args: Any, then: Callable[[Any], None], method: str = "run") -> None:
+    def _call_slice(self, name: str, *args: Any, then: Callable[[Any], None]) -> None:
         seconds = self._cfg.actors.slice_seconds
-        self._parts.call(name, method, seconds, *args, then=then, patience=self._slice_patience)
-
-    @property
-    def _slice_patience(self) -> float:
-        return self._cfg.actors.slice_seconds + self._cfg.supervision.grace_seconds
+        patience = seconds + self._cfg.supervision.grace_seconds
+        self._parts.call(name, "run", seconds, *args, then=then, patience=patience)
 
     def _acted(self, name: str, report: RolloutReport) -> None:
         counters = self._counters
@@ -337,35 +329,9 @@ class Driver:
 
     # --- evaluation, checkpoints, rows ------------------------------------------------------------
 
-    def _evaluation_is_due(self) -> bool:
-        counters, every = self._counters, self._cfg.evaluation.every
-        if self._evaluating or every == 0 or counters.env_steps >= self._cfg.env_steps:
-            return False  # the final evaluation stands for one that is due at the end
-        return counters.env_steps // every > counters.evaluated_at // every
-
-    def _evaluate(self) -> None:
-        self._evaluating = True
-        self._play(self._counters.env_steps)
-
-    def _play(self, env_steps: int) -> None:
-        """A slice of the evaluation that belongs to these env steps."""
-        episodes = self._cfg.evaluation.episodes
-        then = partial(self._played, env_steps)
-        self._call_slice(EVALUATOR, episodes, method="evaluate", then=then)
-
-    def _played(self, env_steps: int, report: EvaluationReport | None) -> None:
-        if report is None and self._signal is None:
-            self._play(env_steps)
-        else:
-            self._evaluated(env_steps, report)
-
-    def _evaluated(self, env_steps: int, report: EvaluationReport | None) -> dict[str, float] | None:
-        self._evaluating = False
-        if report is None:
-            return None
-        self._parts.progressed(EVALUATOR)
+    def _evaluated(self, env_steps: int, report: EvaluationReport) -> None:
         self._counters.evaluated_at = env_steps
-        summary = summarize_episodes(report.episodes) | report.model
+        summary = self._summary = summarize_episodes(report.episodes) | report.model
         self._record("evaluation", summary, env_steps=env_steps)
         self._status.evaluations.append(
             Evaluation(
@@ -376,7 +342,6 @@ class Driver:
                 summary["eval/cost_std"],
             )
         )
-        return summary
 
     def _not_saved(self, why: str) -> None:
         self._rows.count("time/failed_saves")
@@ -455,7 +420,7 @@ class Driver:
         self._learning = False
         self._drain({LEARNER, *self._replays})
         self._hand_over_last_episodes()
-        if self._signal is None:
+        if not self._told_to_stop():
             # The final evaluation stands for the periodic one that would be due at once after a resume.
             self._counters.evaluated_at = self._counters.env_steps
         self._ask(LEARNER, "save", self._meta(), patience=SAVE_SECONDS)
@@ -464,7 +429,7 @@ class Driver:
         self._update_status()
         self._log_row()
         summary = None
-        if self._signal is None:
+        if not self._told_to_stop():
             summary = self._final_evaluation()
         self._drain({METRICS})
         self._ask(METRICS, "close")
@@ -480,17 +445,9 @@ class Driver:
         self._status.phase = "evaluating"
         self._drain({EVALUATOR})
         self._ask(LEARNER, "publish")
-        report = None
-        while report is None and self._signal is None:
-            report = self._parts.ask(
-                EVALUATOR,
-                "evaluate",
-                self._cfg.actors.slice_seconds,
-                self._cfg.evaluation.final_episodes,
-                patience=self._slice_patience,
-                unless=lambda: self._signal is not None,
-            )
-        return self._evaluated(self._counters.env_steps, report)
+        self._summary = None
+        self._evaluations.finish(self._counters.env_steps)
+        return self._summary
 
     def _drain(self, names: set[str]) -> None:
         """Handles what is in flight of these parts. Bounded: a part that hangs is left behind."""
@@ -498,7 +455,7 @@ class Driver:
         if EVALUATOR in names:
             deadline = math.inf  # an evaluation is bounded by its episodes
         while self._parts.busy(names):
-            if time.monotonic() > deadline or (EVALUATOR in names and self._signal is not None):
+            if time.monotonic() > deadline or (EVALUATOR in names and self._told_to_stop()):
                 logger.warning("did not wait any longer for %s", ", ".join(sorted(names)))
                 return
             self._step()
@@ -524,42 +481,27 @@ class Driver:
         future: Future[Any] = proxy.call(method, *args)
         deadline = time.monotonic() + seconds
         while not future.done() and time.monotonic() < deadline:
-            self._leave_if_told()
+            self._wish.leave_at_second()
             wait([future], TICK_SECONDS)
         future.result(0)
 
     def _ask(self, name: str, method: str, *args: Any, patience: float | None = None) -> Any:
-        return self._parts.ask(name, method, *args, patience=patience, unless=self._leave_if_told)
+        return self._parts.ask(name, method, *args, patience=patience, unless=self._wish.leave_at_second)
 
     def _await(self, condition: Callable[[], bool]) -> None:
         """Waits; a signal meanwhile ends the run at once, for nothing has begun."""
         while not condition():
-            self._interrupted()
+            self._wish.leave_at_first()
             self._parts.step()
 
-    def _interrupted(self) -> None:
-        if self._signal is not None:
-            raise Interrupted(self._signal)
-
-    def _leave_if_told(self) -> None:
-        if self._leaving is not None:
-            raise Interrupted(self._leaving)
+    def _told_to_stop(self) -> bool:
+        return self._wish.signal is not None
 
     def _warn(self, text: str) -> None:
         logger.warning(text)
         self._status.warnings.append(text)
 
-    def _on_signal(self, number: int) -> None:
-        """The first ends the run with a checkpoint, a second one without.
-
-        It only takes note: an exception raised here may be swallowed (in a garbage collector's callback).
-        """
-        now = time.monotonic()
-        if self._signal is not None:
-            if now - self._signalled_at > _ONE_SIGNAL_SECONDS:
-                self._leaving = number
-            return
-        self._signal, self._signalled_at = number, now
+    def _stop_is_wished(self, number: int) -> None:
         self._status.warnings.append(
             f"{signal.Signals(number).name}: saving a checkpoint; once more to leave without it"
         )

@@ -268,7 +268,7 @@ def test_the_same_signal_twice_at_once_is_one_wish(workers):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])  # before the loop has seen the first, and while it ends
 def test_a_second_signal_leaves_without_saving(workers, monkeypatch, seconds):
-    monkeypatch.setattr(driver_module, "_ONE_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr("deploy.signals._ONE_WISH_SECONDS", 0.0)
     me = os.getpid()
 
     def run(seconds_: float, share: int, newest: int) -> Future[Any]:

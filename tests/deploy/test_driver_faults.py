@@ -151,7 +151,8 @@ def test_an_evaluator_that_hangs_is_replaced_and_plays_the_evaluation_again(work
 
     workers.on["evaluator", "evaluate"] = evaluate
     workers.on["actor", "run"] = lambda *args: in_a_while(RolloutReport(env_steps=5, agent_steps=1), 0.02)
-    supervision = {"grace_seconds": 1.0, "backoff_seconds": 0.1, "max_failures": 3}
+    workers.on["learner", "run"] = lambda *args: in_a_while(LearnerReport(1, 8), 0.02)
+    supervision = {"grace_seconds": 2.0, "backoff_seconds": 0.1, "max_failures": 3}
     outcome = drive(
         workers,
         config(
