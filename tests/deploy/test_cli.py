@@ -23,6 +23,7 @@ from common.config import Config, flatten, from_dict, load, presets, read_yaml, 
 from common.types import UserError
 from deploy import run_dir as runs
 from deploy.cli import main
+from tests.deploy.conftest import meta_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -452,8 +453,7 @@ def test_eval_of_somebody_elses_checkpoint(refused, run, tmp_path, tiny_config):
 
     foreign = checkpoint.save(tmp_path / "foreign", 1, {"x": np.zeros(3)}, {})
     assert "is not a checkpoint of `safedreamer train`" in refused("eval", foreign)
-    counts = {"counters": {}, "env_steps": 1, "updates": 1, "version": 1}
-    meta = {"config": to_dict(tiny_config())} | counts
+    meta = meta_of(tiny_config(), 1) | {"updates": 1, "version": 1}
     other = checkpoint.save(tmp_path / "other", 1, {"x": np.zeros(3)}, meta)
     assert "was made by another configuration" in refused("eval", other)
 
