@@ -41,7 +41,7 @@ lint: setup ## ruff, pyright, import-linter
 	$(BIN)/lint-imports --no-logo
 
 pytest: setup ## All tests, two files at a time, or some: ARGS="tests/replay -k round_trip"
-	$(BIN)/pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
+	$(BIN)/pytest $(or $(ARGS),--numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20)
 
 bench: setup ## Benchmarks, or some: ARGS="environment training planning acting inference sampling end-to-end"
 	@$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 HEAD, OTHER = "10.77.0.1", "10.77.0.2"
 ADDRESS = HEAD + ":6379"
 PATIENCE = 240.0
-CPUS = {HEAD: 1, OTHER: 4}
+CPUS = {HEAD: 1, OTHER: 5}
 FLAGS = {
     **faults.FLAGS,
     "actors.count": 2,
@@ -179,7 +179,8 @@ def train(nodes: Nodes, log: str, run: Path) -> subprocess.Popen:
 
 def check_places(output: str) -> Dict[str, Any]:
     """Where the program says its parts are. Raises Failed when that is not as asked."""
-    found = re.search(r"learner and replay on (\S+), evaluator on (\S+), actors on (.*)", output)
+    names = r"learner and replay on (\S+), evaluator on (\S+), inference server on \S+, actors on (.*)"
+    found = re.search(names, output)
     if found is None:
         raise Failed("it does not say where its parts are\n" + output[-4000:])
     actors = {

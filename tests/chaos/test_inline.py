@@ -61,7 +61,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch
     def spoiled(env: synthetic.LineEnv, actions: Any) -> Any:
         outcome = step(env, actions)
         if env._seeds is None and next(steps) == 60:
-            outcome.reward[:] = np.nan
+            outcome.reward[0] = np.nan
         return outcome
 
     monkeypatch.setattr(synthetic.LineEnv, "step", spoiled)

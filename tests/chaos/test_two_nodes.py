@@ -22,7 +22,7 @@ def test_a_run_lives_on_two_nodes_and_ends_with_the_learners():
     finally:
         shutil.rmtree(directory)
     assert "storage that all nodes share" in seen["refused"]
-    assert {"learner", "replay", "actor"} <= set(seen["processes"][two_nodes.OTHER])
+    assert {"learner", "replay", "inference", "actor"} <= set(seen["processes"][two_nodes.OTHER])
     assert {"metrics", "holder", "actor"} == set(seen["processes"][two_nodes.HEAD])
     assert all(steps > 0 for steps in seen["env steps of whole episodes"].values())
     assert "--resume" in seen["lost node"]["sentence"]
