@@ -141,6 +141,11 @@ class Victim:
         goal = self.newest("train/updates") + updates
         return self.await_("training", lambda: self.newest("train/updates") >= goal)
 
+    def await_something_to_lose(self) -> None:
+        """Waits until the newest checkpoint is older than some slices whose reports have arrived."""
+        self.await_training(updates=5)  # these may have been done before it, and be told only now
+        self.let_be(2.0)
+
     def await_checkpoint(self) -> None:
         """Waits for a new complete checkpoint of learner and replay."""
         for directory in ("checkpoints", "replay"):
@@ -300,11 +305,11 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         note("killed holder", broken.await_training())
         note("stuck actor", broken.recover("actor", signal.SIGSTOP))
         broken.await_checkpoint()
-        broken.await_training(updates=5)  # so that there is something to lose
+        broken.await_something_to_lose()
         note("killed replay", broken.recover("replay"), lost_steps=broken.newest("replay/lost_steps"))
         broken.await_training()
         broken.await_checkpoint()
-        broken.await_training(updates=5)
+        broken.await_something_to_lose()
         acted = broken.newest("env_steps")
         seconds = broken.recover("learner")
         acted = broken.newest("env_steps") - acted
