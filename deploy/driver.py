@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from actors.inference import InferenceReport
+from actors.inference_server import InferenceReport
 from actors.rollout import RolloutReport
 from common.config import Config, to_dict
 from common.metrics import Aggregator, summarize_episodes

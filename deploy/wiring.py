@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 
 from actors.evaluate import evaluation_seeds
-from actors.inference import Inference, InferenceClient, InferenceServer, LocalInference, RemoteInference
+from actors.inference import Inference, InferenceClient, LocalInference, RemoteInference
+from actors.inference_server import InferenceServer
 from actors.rollout import Rollout
 from actors.safety_gym import env_spec
 from actors.tasks import cameras

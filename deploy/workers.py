@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from actors.evaluate import Recorder, play
-from actors.inference import Answer, InferenceClient, InferenceReport, Request
+from actors.inference import Answer, InferenceClient, Request
+from actors.inference_server import InferenceReport
 from actors.rollout import RolloutReport
 from common.config import Config
 from common.types import Array, Batch, EnvSpec, EpisodeResult, Params, ParamSource, replay_spec

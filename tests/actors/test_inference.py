@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from actors.inference import Answer, InferenceServer, LocalInference, RemoteInference, Request
+from actors.inference import Answer, LocalInference, RemoteInference, Request
+from actors.inference_server import InferenceServer
 from common.types import ArraySpec, Policy
 
 OBS = {"vector": ArraySpec((2,))}
@@ -144,7 +145,7 @@ def test_actors_do_not_share_what_the_policy_carries():
 
 
 def test_newer_parameters_decide_as_soon_as_they_are_seen(monkeypatch):
-    monkeypatch.setattr("actors.inference._REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr("actors.inference.REFRESH_SECONDS", 0.01)
     source = Source()
     server = start(source)
     inference = RemoteInference(Client(server), 0, 0)

@@ -199,7 +199,7 @@ def test_random_steps_come_first_and_the_policy_begins_afresh():
 
 
 def test_newer_parameters_are_taken_up_between_two_decisions(monkeypatch):
-    monkeypatch.setattr("actors.inference._REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("actors.inference.REFRESH_SECONDS", 0.0)
     rollout, _, writers, source = make(source=Source({1: 0.0, 2: 50.0}))
     rollout.run(60.0, 10**6, steps(2))
     source.newest = 2
@@ -231,7 +231,7 @@ def test_warming_up_waits_for_the_first_parameters_only_so_long():
 
 
 def test_who_is_too_far_behind_the_newest_parameters_pauses_until_it_has_caught_up(monkeypatch):
-    monkeypatch.setattr("actors.inference._REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("actors.inference.REFRESH_SECONDS", 0.0)
     rollout, env, _, source = make(source=Source({1: 0.0, 5: 50.0}), max_staleness=3)
     assert rollout.run(60.0, 10**6, steps(2), newest=4).agent_steps > 0  # three versions behind will do
     before = len(env.seen)

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from actors.inference import Answer, InferenceServer, LocalInference, RemoteInference, Request
+from actors.inference import Answer, LocalInference, RemoteInference, Request
+from actors.inference_server import InferenceServer
 from common import config as configuration
 from common.config import merge
 from deploy import wiring

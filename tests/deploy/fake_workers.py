@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from actors.inference import InferenceReport
+from actors.inference_server import InferenceReport
 from actors.rollout import RolloutReport
 from common.config import Config, from_dict
 from common.status import Status

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.inference import InferenceReport
+from actors.inference_server import InferenceReport
 from actors.rollout import RolloutReport
 from common.types import EpisodeResult, UserError
 from deploy import driver

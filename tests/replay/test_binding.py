@@ -10,6 +10,7 @@ import pytest
 
 from common.types import UserError
 from replay import binding
+from tests.network import reaches
 
 LOOPBACK, OTHER = "127.0.0.1", "127.0.0.2"
 
@@ -34,14 +35,6 @@ def has_six() -> bool:
 
 
 SIX = ["::1"] if has_six() else []
-
-
-def reaches(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=0.3):
-            return True
-    except OSError:
-        return False
 
 
 @pytest.fixture

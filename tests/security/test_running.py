@@ -26,6 +26,7 @@ from common.metrics import METRICS
 from common.sinks import read_jsonl
 from deploy import run_dir as runs
 from tests.deploy.conftest import TINY
+from tests.network import reaches
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"  # what a W&B key looks like
@@ -107,14 +108,6 @@ def hosts() -> list[str]:
     """Addresses of this machine that other machines may know; 127.0.0.2 where it has no network."""
     found = [a for each in psutil.net_if_addrs().values() for a in each if a.family == socket.AF_INET]
     return [a.address for a in found if not a.address.startswith("127.")] + ["127.0.0.2"]
-
-
-def reaches(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=0.3):
-            return True
-    except OSError:
-        return False
 
 
 def is_loopback(host: str) -> bool:
