@@ -11,7 +11,7 @@ import numpy as np
 from actors import compat, fast_env, fast_reset, rendering, tasks
 from actors.cameras import OutsideView, Vision
 from actors.observations import Coordinates, Lidar, Observation, Slices
-from common.types import VECTOR, ArraySpec, EnvSpec
+from common.types import VECTOR, ArraySpec, EnvSpec, GoalSpec
 
 _safety_gymnasium = compat.safety_gymnasium()
 
@@ -37,6 +37,7 @@ class _Simulator(Protocol):
     high: np.ndarray
     obs: dict[str, ArraySpec]
     slices: Slices
+    goal: GoalSpec | None
 
     def reset(self, seed: int | None) -> None: ...
 
@@ -73,6 +74,7 @@ class _Navigation:
         self._vision = Vision(task, self._task, cameras)
         state = {VECTOR: ArraySpec((self._state.size,))} if self._state else {}
         self.obs, self.slices = state | self._vision.spec, self._state.slices if self._state else {}
+        self.goal: GoalSpec | None = _goal(self._task) if "goal" in self.slices else None
         if render:
             self._task._viewers["rgb_array"] = OutsideView(task, self._task)
 
@@ -97,11 +99,18 @@ class _Navigation:
         self._env.close()
 
 
+def _goal(task: Any) -> GoalSpec:
+    goal = task.goal
+    extent = float(max(task.placements_conf.extents))
+    return GoalSpec(float(goal.size), float(goal.reward_goal), float(goal.reward_distance), extent)
+
+
 class _Velocity:
     """A velocity task. The time limit is counted here; the bare environments have none."""
 
     def __init__(self, task: str, render: bool):
         self.slices: Slices = {}
+        self.goal: GoalSpec | None = None
         self._env: Any = _make(task, render, camera="track")
         self._limit = tasks.time_limit(task)
         self.low, self.high = self._env.action_space.low, self._env.action_space.high
@@ -176,6 +185,7 @@ class SafetyGymEnv:
             action_repeat=action_repeat,
             time_limit=tasks.time_limit(task),
             slices=dict(self._sim.slices),
+            goal=self._sim.goal,
         )
 
     def reset(self, seed: int | None = None) -> dict[str, np.ndarray]:

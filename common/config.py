@@ -85,6 +85,9 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class WorldModelConfig:
+    latent: bool = True
+    """Learn a latent state (RSSM). Without one (ours, cost model tracked), the robot's motion is all that is
+    learned: imagination knows the scene that was seen."""
     deter: int = 512
     """Size of the deterministic (GRU) state."""
     units: int = 512
@@ -113,6 +116,8 @@ class WorldModelConfig:
     """Weight of positions (goal, hazards, robot) within the vector loss (published: 1)."""
     motion_loss_scale: float = 1.0
     """Weight of the predicted motion of the robot (cost model tracked)."""
+    body_units: int = 128
+    """Width of the network that predicts it."""
     decoder_space: Literal["raw", "symlog"] = "raw"
     """Space in which the vector decoder predicts (published: raw)."""
     cost_weight: float = 10.0
@@ -208,8 +213,8 @@ class PidConfig:
 @dataclass(frozen=True)
 class SafetyConfig:
     cost_model: Literal["none", "learned", "geometric", "tracked"] = "learned"
-    """Where imagined costs come from: no cost at all, a learned head, decoded hazards (OSRP-Vector), or
-    hazards as observed where imagination starts and the robot's predicted displacement."""
+    """Where imagined costs come from: no cost at all, a learned head, decoded hazards (OSRP-Vector), or the
+    scene as observed where imagination starts and the robot's predicted motion (tracked: rewards, too)."""
     constraint: Literal["none", "augmented", "pid"] = "none"
     """Constraint on the actor's objective, also where it only proposes plans."""
     penalty: Literal["none", "pid"] = "none"
@@ -218,6 +223,8 @@ class SafetyConfig:
     """Limit b on the cost (per imagined return, plan or episode: see the method)."""
     hazard_radius: float = 0.25
     """Geometric and tracked cost: a hazard nearer than this (m) costs 1."""
+    actor_radius: float = 0.0
+    """The same for the actor's constraint (ours); 0: as `hazard_radius`."""
     augmented: AugmentedConfig = field(default_factory=AugmentedConfig)
     pid: PidConfig = field(default_factory=PidConfig)
 
@@ -621,6 +628,8 @@ def _problems(config: Config) -> Iterable[str]:
         yield "safety.penalty shapes plans: use it with policy planner, or safety.constraint pid"
     if safety.penalty != "none" and safety.constraint != "none":
         yield "safety.penalty and safety.constraint would move one multiplier: choose one of them"
+    if not config.world_model.latent and safety.cost_model != "tracked":
+        yield "world_model.latent false leaves a scene alone to imagine: it needs safety.cost_model tracked"
     if safety.cost_model in ("geometric", "tracked") and "coordinates" not in config.env.observation.split(
         "+"
     ):
@@ -664,6 +673,7 @@ _MAY_BE_ZERO = {
     "behavior.lambda_",
     "behavior.moments_decay",
     "safety.cost_limit",
+    "safety.actor_radius",
     "planner.momentum",
     "planner.mixture_coef",
     "planner.exploration",

@@ -33,6 +33,17 @@ class ArraySpec:
 
 
 @dataclass(frozen=True)
+class GoalSpec:
+    """What a Goal task pays: for every metre nearer to the goal, and for being within its radius, whereupon
+    the next one appears."""
+
+    radius: float  # m
+    bonus: float
+    per_metre: float
+    extent: float  # m, half the arena's width
+
+
+@dataclass(frozen=True)
 class EnvSpec:
     """What a learner and a replay server must know about an environment.
 
@@ -47,6 +58,7 @@ class EnvSpec:
     action_repeat: int  # env steps per agent step
     time_limit: int  # env steps per episode
     slices: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    goal: GoalSpec | None = None  # of tasks whose observation says where the goal is
 
 
 def replay_spec(spec: EnvSpec) -> dict[str, ArraySpec]:

@@ -107,7 +107,8 @@ def _hazard_errors(spec: EnvSpec, batch: Batch, predicted: Prediction) -> dict[s
         return vector[..., start:stop].reshape(*vector.shape[:-1], -1, 2)
 
     true = pairs(batch[VECTOR])
-    sources = {"tracked": predicted.hazards, "decoded": pairs(np.asarray(predicted.vector))}
+    decoded = None if predicted.vector is None else pairs(np.asarray(predicted.vector))
+    sources = {"tracked": predicted.hazards, "decoded": decoded}
     nearest = np.linalg.norm(true, axis=-1).argmin(-1)[..., None]
     return {
         name: np.take_along_axis(np.linalg.norm(hazards - true, axis=-1), nearest, -1)[..., 0]

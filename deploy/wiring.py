@@ -23,20 +23,23 @@ from common.config import Config, SafetyConfig
 from common.types import Batch, EnvSpec, Params, ParamSource, Policy, UserError, Writer, replay_spec
 from learner.cost_model import (
     LATENT,
-    CostModel,
     Features,
     Look,
+    SignalModel,
     decoded_hazards,
     free_of_cost,
     learned_cost,
+    learned_reward,
     look_at,
     look_away,
-    nearest_hazards,
+    scene_features,
     tracked_hazards,
+    tracked_reward,
 )
 from learner.lagrange import Constraint, augmented, pid, pid_penalty, unconstrained
 from learner.open_loop import Prediction, open_loop
 from learner.policy import ActingParams, Choose, actor_choice, make_policy, planner_choice
+from learner.scene import Layout
 from learner.train_step import Shared, TrainStep
 from replay.shards import Sampler, batches
 
@@ -53,7 +56,7 @@ PENALTIES: dict[str, Callable[[SafetyConfig], Constraint]] = {
 }
 
 
-def _geometric(safety: SafetyConfig, spec: EnvSpec) -> CostModel:
+def _geometric(safety: SafetyConfig, spec: EnvSpec) -> SignalModel:
     (hazards,) = _slices(spec, "hazards")
     return decoded_hazards(hazards, safety.hazard_radius)
 
@@ -68,7 +71,7 @@ def _slices(spec: EnvSpec, *names: str) -> list[tuple[int, int]]:
     return [spec.slices[name] for name in names]
 
 
-COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], CostModel]] = {
+COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], SignalModel]] = {
     "none": lambda safety, spec: free_of_cost,
     "learned": lambda safety, spec: learned_cost,
     "geometric": _geometric,
@@ -77,18 +80,20 @@ COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], CostModel]] = {
 
 
 class Tracking(NamedTuple):
-    """What a cost model lets actor and critics see besides the latent."""
+    """What a cost model brings besides costs."""
 
-    features: Features
+    features: Features  # what actor and critics see
     look: Look
+    reward: SignalModel
 
 
-def _track_hazards(spec: EnvSpec) -> Tracking:
-    hazards, _, _ = _slices(spec, "hazards", "position", "rotation")
-    return Tracking(nearest_hazards((hazards[1] - hazards[0]) // 2), look_at(hazards))
+def _track_scene(spec: EnvSpec) -> Tracking:
+    _slices(spec, "hazards", "goal", "position", "rotation")
+    layout = Layout.of(spec)
+    return Tracking(scene_features(layout), look_at(layout), tracked_reward)
 
 
-TRACKING: dict[str, Callable[[EnvSpec], Tracking]] = {"tracked": _track_hazards}
+TRACKING: dict[str, Callable[[EnvSpec], Tracking]] = {"tracked": _track_scene}
 
 
 class CostMeaning(NamedTuple):
@@ -107,7 +112,7 @@ COST_MEANINGS: dict[str, CostMeaning] = {
 
 
 def _tracking(cfg: Config, spec: EnvSpec) -> Tracking:
-    nothing = lambda spec: Tracking(LATENT, look_away)  # noqa: E731
+    nothing = lambda spec: Tracking(LATENT, look_away, learned_reward)  # noqa: E731
     return TRACKING.get(cfg.safety.cost_model, nothing)(spec)
 
 
@@ -116,13 +121,15 @@ def _actor(cfg: Config, spec: EnvSpec, explore: bool) -> Choose:
 
 
 def _planner(cfg: Config, spec: EnvSpec, explore: bool) -> Choose:
+    tracking = _tracking(cfg, spec)
     return planner_choice(
         COST_MODELS[cfg.safety.cost_model](cfg.safety, spec),
         cfg.planner,
         cfg.behavior,
         cfg.safety.cost_limit,
         explore=explore,
-        features=_tracking(cfg, spec).features,
+        features=tracking.features,
+        reward_model=tracking.reward,
     )
 
 
@@ -161,18 +168,18 @@ def cameras_of(cfg: Config) -> tuple[str, ...]:
 
 def predict(cfg: Config, spec: EnvSpec, params: ActingParams, batch: Batch, context: int) -> Prediction:
     """The open-loop prediction of a configuration's world model, see `learner.open_loop`."""
-    cost_model = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec)
-    return open_loop(params.model, cost_model, _tracking(cfg, spec).look, batch, context)
+    cost_model, tracking = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec), _tracking(cfg, spec)
+    return open_loop(params.model, cost_model, tracking.look, batch, context, tracking.reward)
 
 
 def predictor(cfg: Config, spec: EnvSpec, context: int) -> Callable[[Params, Batch], Prediction]:
     """`predict` for parameters as the learner publishes them, compiled once."""
-    cost_model, look = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec), _tracking(cfg, spec).look
+    cost_model, tracking = COST_MODELS[cfg.safety.cost_model](cfg.safety, spec), _tracking(cfg, spec)
     structure = _published_structure(cfg, spec)
 
     def predict(leaves: Params, batch: Batch) -> Prediction:
         model = jax.tree.unflatten(structure, leaves).model
-        return open_loop(model, cost_model, look, batch, context)
+        return open_loop(model, cost_model, tracking.look, batch, context, tracking.reward)
 
     return predict
 
@@ -192,24 +199,28 @@ def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
         spec=spec,
         cfg=cfg,
         constraint=_constraint(safety),
-        cost_model=COST_MODELS[safety.cost_model](safety, spec),
+        cost_model=COST_MODELS[safety.cost_model](_for_actor(safety), spec),
         learn_cost=learn_cost,
         # As published, every method with a learned cost has a cost critic, OSRP-Vector has none.
         value_cost=learn_cost or safety.constraint != "none" or safety.penalty != "none",
         shared=way.shared(safety),
         features=tracking.features,
         look=tracking.look,
+        reward_model=tracking.reward,
     )
+
+
+def _for_actor(safety: SafetyConfig) -> SafetyConfig:
+    return dataclasses.replace(safety, hazard_radius=safety.actor_radius or safety.hazard_radius)
 
 
 def policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:
     """The configured policy; without `explore` it is deterministic up to the model's own sampling."""
     model = cfg.world_model
+    sizes = (model.deter, model.stoch, model.classes) if model.latent else (0, 0, 0)
     choose = POLICIES[cfg.policy].choose(cfg, spec, explore)
     rows = cfg.planner.horizon + 1 if cfg.policy == "planner" else 0
-    return make_policy(
-        choose, model.deter, model.stoch, model.classes, spec.action_size, rows, _tracking(cfg, spec).look
-    )
+    return make_policy(choose, *sizes, spec.action_size, rows, _tracking(cfg, spec).look)
 
 
 def published_policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from common.config import BehaviorConfig, WorldModelConfig
-from learner.cost_model import LATENT, CostModel, Features, State, move
+from learner.cost_model import LATENT, Features, SignalModel, State, follow, learned_reward, start_of
 from learner.distributions import BoundedNormal, TwoHot
 from learner.layers import MLP, Head, Linear
 from learner.returns import lambda_return, trajectory_weight
-from learner.world_model import WorldModel
+from learner.world_model import Model
 
 
 class Actor(eqx.Module):
@@ -85,7 +85,7 @@ class Imagined(NamedTuple):
 
 
 def imagine(
-    model: WorldModel,
+    model: Model,
     actor: Actor,
     start: State,
     horizon: int,
@@ -94,15 +94,16 @@ def imagine(
 ) -> Imagined:
     """Rolls the prior `horizon` steps from N start states; differentiable in the actor's parameters."""
     key_action, key_state = jax.random.split(key)
-    rssm, count = model.rssm, start.latent.deter.shape[0]
+    count = start.latent.deter.shape[0]
     noise = jax.random.normal(key_action, (horizon, count, actor.action_size))
-    uniform = jax.random.uniform(key_state, (horizon, count, rssm.stoch))
+    uniform = model.noise(key_state, horizon, count)
+
+    start = start_of(model, start, jax.random.fold_in(key, 1), (count,))
 
     def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, tuple[State, Array]]:
         noise_t, uniform_t = inputs
         policy = actor(jax.lax.stop_gradient(features.read(state)))
-        latent = rssm.img_step(state.latent, policy.sample_with(noise_t), uniform_t)
-        following = State(latent, move(model, state.hazards, latent))
+        following = follow(model, state, policy.sample_with(noise_t), uniform_t)
         return following, (following, policy.entropy())
 
     _, (states, entropy) = jax.lax.scan(step, start, (noise, uniform))
@@ -135,12 +136,13 @@ class Outcome(NamedTuple):
 def evaluate(
     imagined: Imagined,
     start_cont: Float[Array, " N"],
-    model: WorldModel,
+    model: Model,
     critic: Critic,
     cost_critic: Critic | None,
-    cost_model: CostModel,
+    cost_model: SignalModel,
     cfg: BehaviorConfig,
     features: Features = LATENT,
+    reward_model: SignalModel = learned_reward,
 ) -> Outcome:
     """Lambda-returns of reward and cost with the critics' means as values.
 
@@ -158,7 +160,7 @@ def evaluate(
         value = jnp.concatenate([judge.value(feat[:-1]).mean, judge.value(feat[-1:]).mean])
         return Signal(lambda_return(predicted, value[1:], gamma * cont[1:], cfg.lambda_), value)
 
-    reward = signal(model.reward(following.latent).mean, critic, cfg.gamma)
+    reward = signal(reward_model(model, following), critic, cfg.gamma)
     cost = None
     if cost_critic is not None:
         cost = signal(cost_model(model, following), cost_critic, cfg.cost_gamma or cfg.gamma)

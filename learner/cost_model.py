@@ -1,68 +1,81 @@
-"""Where imagined costs come from: a learned head, decoded hazards, or hazards that were really seen.
+"""Where imagined rewards and costs come from: learned heads, decoded hazards, or the tracked scene.
 
-A cost model maps (model, imagined state) to the predicted cost of arriving there. Features say what actor and
-critics read of such a state.
+A reward or cost model maps (model, imagined state) to what is predicted for arriving there. Features say what
+actor and critics read of such a state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from common.types import VECTOR
 from learner.codec import Obs
-from learner.geometry import opposite, rotate
+from learner.geometry import distance, within
 from learner.rssm import Latent
-from learner.world_model import WorldModel
-
-_BORDER_SOFTNESS = 0.05  # m, width of the border through which a hazard count passes gradients
+from learner.scene import Layout, Scene, imagine_next_goal
+from learner.world_model import Model, WorldModel
 
 Slice = tuple[int, int]  # (start, stop) in the state observation, from `EnvSpec.slices`
 
 
 class State(NamedTuple):
-    """An imagined (or real) state: its latent, and the hazards around the robot.
-
-    `hazards` are egocentric (x, y) in metres: as observed where imagination starts, then carried along by
-    the robot's predicted motion. None for methods that do not track hazards.
-    """
+    """An imagined (or real) state: its latent, and the scene around the robot where a method tracks it."""
 
     latent: Latent  # [*n, ...]
-    hazards: Float[Array, "*n objects 2"] | None
+    scene: Scene | None
 
 
-Look = Callable[[Obs], Float[Array, "*n objects 2"] | None]  # observation -> hazards
-CostModel = Callable[[WorldModel, State], Float[Array, "*n"]]
+Look = Callable[[Obs], Scene | None]  # observation -> scene
+SignalModel = Callable[[Any, State], Float[Array, "*n"]]  # (world model, state) -> reward or cost
 
 
 def look_away(obs: Obs) -> None:
-    """No hazards: for methods that do not track them."""
+    """No scene: for methods that do not track one."""
 
 
-def look_at(hazards: Slice) -> Look:
-    """Reads egocentric positions out of a state observation."""
-    return lambda obs: _pairs(obs[VECTOR], hazards)
+def look_at(layout: Layout) -> Look:
+    """Reads the scene out of a state observation."""
+    return lambda obs: layout.scene(obs[VECTOR])
 
 
-def move(
-    model: WorldModel, hazards: Float[Array, "*n objects 2"] | None, latent: Latent
-) -> Float[Array, "*n objects 2"] | None:
-    """Hazards as the robot sees them after its predicted motion into `latent` (**ours**).
-
-    Hazards do not move, and where they are is known exactly at the start of imagination: only the robot's
-    motion has to be predicted, three numbers instead of two per hazard. h' = R(turn)^T (h - displacement).
-    """
-    if hazards is None:
-        return None
-    displacement, heading = model.motion(latent)
-    return rotate(hazards - displacement[..., None, :], opposite(heading)[..., None, :])
+def start_of(model: Model, state: State, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> State:
+    """A state from which to imagine: its next goal is drawn at random, one for each of `shape`."""
+    if state.scene is None or model.body is None:
+        return state
+    return state._replace(scene=imagine_next_goal(state.scene, model.body.layout.task, key, shape))
 
 
-def free_of_cost(model: WorldModel, state: State) -> Float[Array, "*n"]:
+def follow(
+    model: Model, state: State, action: Float[Array, "*n A"], uniform: Float[Array, "*n S"] | None
+) -> State:
+    """The next imagined state: a draw from the prior (its mode without `uniform`), the scene moved along."""
+    latent = model.imagine(state.latent, action, uniform)
+    if state.scene is None:
+        return State(latent, None)
+    if model.body is None:
+        raise TypeError("this world model learns no motion; see SafetyConfig.cost_model tracked")
+    return State(latent, model.body.move(state.scene, action))
+
+
+# --- rewards and costs --------------------------------------------------------------------------
+
+
+def learned_reward(model: WorldModel, state: State) -> Float[Array, "*n"]:
+    """The mean of the reward head (SafeDreamer)."""
+    return model.reward(state.latent).mean
+
+
+def tracked_reward(model: Model, state: State) -> Float[Array, "*n"]:
+    """What the task pays for the tracked motion towards the goal (**ours**, see `learner.scene`)."""
+    return _tracked(state).reward
+
+
+def free_of_cost(model: Model, state: State) -> Float[Array, "*n"]:
     """No cost anywhere: an unconstrained planner finds every plan safe (CEM)."""
     return jnp.zeros(state.latent.deter.shape[:-1])
 
@@ -72,25 +85,28 @@ def learned_cost(model: WorldModel, state: State) -> Float[Array, "*n"]:
     return model.cost(state.latent).mean
 
 
-def decoded_hazards(hazards: Slice, radius: float) -> CostModel:
+def decoded_hazards(hazards: Slice, radius: float) -> SignalModel:
     """Number of hazards within `radius` metres in the decoded observation (OSRP-Vector)."""
-    return lambda model, state: count_within(_pairs(model.decode_vector(state.latent), hazards), radius)
+    start, stop = hazards
+
+    def count(model: WorldModel, state: State) -> Float[Array, "*n"]:
+        positions = model.decode_vector(state.latent)[..., start:stop]
+        return count_within(positions.reshape(*positions.shape[:-1], -1, 2), radius)
+
+    return count
 
 
-def tracked_hazards(radius: float) -> CostModel:
-    """Number of tracked hazards within `radius` metres (**ours**, see `move`)."""
-    return lambda model, state: count_within(_tracked(state), radius)
+def tracked_hazards(radius: float) -> SignalModel:
+    """Number of tracked hazards within `radius` metres (**ours**, see `learner.scene`)."""
+    return lambda model, state: count_within(_tracked(state).hazards, radius)
 
 
 def count_within(offsets: Float[Array, "*n objects 2"], radius: float) -> Float[Array, "*n"]:
-    """Number of objects within `radius` metres.
+    """Number of objects within `radius` metres, with the gradient of `within`."""
+    return within(offsets, radius).sum(-1)
 
-    The count is exact; its gradient is that of a sigmoid of the distance to the border (**ours**: a count
-    has none, and an actor that is trained through the model needs one).
-    """
-    distance = _distance(offsets)
-    soft = jax.nn.sigmoid((radius - distance) / _BORDER_SOFTNESS)
-    return (soft + jax.lax.stop_gradient((distance <= radius) - soft)).sum(-1)
+
+# --- features -----------------------------------------------------------------------------------
 
 
 class Features(NamedTuple):
@@ -103,43 +119,44 @@ class Features(NamedTuple):
 LATENT = Features(0, lambda state: state.latent.feat)
 
 _NEAREST = 4  # hazards that an actor is shown
-_PROXIMITY = 0.3  # m, distance over which a hazard's proximity decays
+_PROXIMITY = 0.3  # m, distance over which a proximity decays
 
 
-def nearest_hazards(objects: int) -> Features:
-    """`feat` and the nearest tracked hazards: egocentric x, y (m) and exp(-distance / 0.3 m) of each.
+def scene_features(layout: Layout) -> Features:
+    """`feat` and the scene: sensors, goal and the nearest hazards.
 
     **Ours.** A small latent blurs positions by more than a hazard's radius; here an actor knows them exactly
-    where it acts, and as exactly as the predicted motion where it imagines. Sorted by distance, the numbers
+    where it acts, and as exactly as the predicted motion where it imagines. Each object is egocentric x, y
+    (m) and exp(-distance / 0.3 m), the goal also its distance and direction. Sorted by distance, the numbers
     do not depend on the order in which an environment lists its hazards.
-
-    Args:
-        objects: hazards in the task.
     """
-    shown = min(_NEAREST, objects)
+    shown = min(_NEAREST, layout.objects)
+    sensors = sum(stop - start for start, stop in layout.sensors)
 
     def read(state: State) -> Float[Array, "*n F"]:
-        hazards = _tracked(state)
-        distance = _distance(hazards)
-        nearest = jax.lax.top_k(-distance, shown)[1]
-        position = jnp.take_along_axis(hazards, nearest[..., None], -2)
-        proximity = jnp.exp(-_distance(position) / _PROXIMITY)
-        numbers = jnp.concatenate([position, proximity[..., None]], -1)
-        return jnp.concatenate([state.latent.feat, numbers.reshape(*numbers.shape[:-2], -1)], -1)
+        scene = _tracked(state)
+        nearest = jax.lax.top_k(-distance(scene.hazards), shown)[1]
+        hazards = _positions(jnp.take_along_axis(scene.hazards, nearest[..., None], -2))
+        far = distance(scene.goal)[..., None]
+        parts = [
+            state.latent.feat,
+            scene.body,
+            _positions(scene.goal),
+            far,
+            scene.goal / (far + 1e-3),
+            hazards.reshape(*hazards.shape[:-2], -1),
+            jnp.ones_like(far),  # keeps the size of all these through the first LayerNorm
+        ]
+        return jnp.concatenate(parts, -1)
 
-    return Features(3 * shown, read)
-
-
-def _tracked(state: State) -> Float[Array, "*n objects 2"]:
-    if state.hazards is None:
-        raise TypeError("this state carries no hazards; see `look_at`")
-    return state.hazards
-
-
-def _distance(offsets: Float[Array, "*n objects 2"]) -> Float[Array, "*n objects"]:
-    return jnp.sqrt(jnp.square(offsets).sum(-1) + 1e-12)  # the root's gradient must stay finite at 0
+    return Features(sensors + 3 + 3 + 3 * shown + 1, read)
 
 
-def _pairs(vector: Float[Array, "*n O"], objects: Slice) -> Float[Array, "*n objects 2"]:
-    start, stop = objects
-    return vector[..., start:stop].reshape(*vector.shape[:-1], -1, 2)
+def _positions(offsets: Float[Array, "*n 2"]) -> Float[Array, "*n 3"]:
+    return jnp.concatenate([offsets, jnp.exp(-distance(offsets) / _PROXIMITY)[..., None]], -1)
+
+
+def _tracked(state: State) -> Scene:
+    if state.scene is None:
+        raise TypeError("this state carries no scene; see `look_at`")
+    return state.scene

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+_BORDER_SOFTNESS = 0.05  # m, width of the border through which `within` passes gradients
+
 
 def rotate(points: Float[Array, "*n 2"], heading: Float[Array, "*n 2"]) -> Float[Array, "*n 2"]:
     """Points turned counter-clockwise by headings; also composes two headings."""
@@ -22,6 +24,22 @@ def opposite(heading: Float[Array, "*n 2"]) -> Float[Array, "*n 2"]:
 def heading_of(angle: Float[Array, "*n"]) -> Float[Array, "*n 2"]:
     """The heading of an angle in radians."""
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def distance(offsets: Float[Array, "*n 2"]) -> Float[Array, "*n"]:
+    """Metres to each; the root's gradient stays finite at 0."""
+    return jnp.sqrt(jnp.square(offsets).sum(-1) + 1e-12)
+
+
+def within(offsets: Float[Array, "*n 2"], radius: float) -> Float[Array, "*n"]:
+    """1 within `radius` metres, else 0.
+
+    The value is exact; its gradient is that of a sigmoid of the distance to the border (**ours**: a step has
+    none, and an actor that is trained through the model needs one).
+    """
+    distances = distance(offsets)
+    soft = jax.nn.sigmoid((radius - distances) / _BORDER_SOFTNESS)
+    return soft + jax.lax.stop_gradient((distances <= radius) - soft)
 
 
 def relative_motion(

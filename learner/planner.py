@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from common.config import BehaviorConfig, PlannerConfig
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import LATENT, CostModel, Features, State, move
+from learner.cost_model import LATENT, Features, SignalModel, State, follow, learned_reward, start_of
 from learner.returns import lambda_return
-from learner.world_model import WorldModel
+from learner.world_model import Model
 
 
 class Scores(NamedTuple):
@@ -142,14 +142,15 @@ def shift(mean: Float[Array, "H+1 A"]) -> Float[Array, "H+1 A"]:
 
 
 def model_score(
-    model: WorldModel,
+    model: Model,
     critic: Critic,
-    cost_model: CostModel,
+    cost_model: SignalModel,
     start: State,
     cfg: PlannerConfig,
     behavior: BehaviorConfig,
     features: Features = LATENT,
     penalty: Penalty | None = None,
+    reward_model: SignalModel = learned_reward,
 ) -> Score:
     """Scores candidates by rolling the world model's prior from one state.
 
@@ -160,21 +161,23 @@ def model_score(
 
     def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:
         count, horizon = candidates.shape[0], cfg.horizon
-        uniform = _uniform(model, key, horizon, count)
+        uniform = model.noise(key, horizon, count)
+        # One next goal for all candidates: none must win by a luckier draw.
+        origin = _repeat(start_of(model, start, jax.random.fold_in(key, 1)), count)
 
         def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, State]:
-            following = _follow(model, state, *inputs)
+            following = follow(model, state, *inputs)
             return following, following
 
         actions = candidates.swapaxes(0, 1)[:horizon]
-        _, states = jax.lax.scan(step, _repeat(start, count), (actions, uniform))
+        _, states = jax.lax.scan(step, origin, (actions, uniform))
         discount = behavior.gamma * model.cont(states.latent).mode
         feat = features.read(states)
 
         def first_return(signal: Array, judge: Critic) -> Float[Array, " S"]:
             return lambda_return(signal, judge.value(feat).mean, discount, behavior.lambda_)[0]
 
-        return_ = first_return(model.reward(states.latent).mean, critic)
+        return_ = first_return(reward_model(model, states), critic)
         cost = cost_model(model, states)
         objective = return_
         if penalty is not None:
@@ -186,7 +189,7 @@ def model_score(
 
 
 def actor_proposals(
-    model: WorldModel,
+    model: Model,
     actor: Actor,
     start: State,
     count: int,
@@ -200,25 +203,16 @@ def actor_proposals(
         return jnp.zeros((0, horizon + 1, actor.action_size))
     key_noise, key_state = jax.random.split(key)
     noise = jax.random.normal(key_noise, (horizon + 1, count, actor.action_size))
-    uniform = _uniform(model, key_state, horizon + 1, count)
+    uniform = model.noise(key_state, horizon + 1, count)
 
     def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, Array]:
         noise_t, uniform_t = inputs
         action = actor(features.read(state)).sample_with(noise_t)
-        return _follow(model, state, action, uniform_t), action
+        return follow(model, state, action, uniform_t), action
 
     _, actions = jax.lax.scan(step, _repeat(start, count), (noise, uniform))
     return actions.swapaxes(0, 1)
 
 
-def _follow(model: WorldModel, state: State, action: Array, uniform: Array) -> State:
-    latent = model.rssm.img_step(state.latent, action, uniform)
-    return State(latent, move(model, state.hazards, latent))
-
-
 def _repeat(start: State, count: int) -> State:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), start)
-
-
-def _uniform(model: WorldModel, key: PRNGKeyArray, steps: int, count: int) -> Float[Array, "H S stoch"]:
-    return jax.random.uniform(key, (steps, count, model.rssm.stoch))

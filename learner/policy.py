@@ -13,15 +13,15 @@ from common.config import BehaviorConfig, PlannerConfig
 from common.types import Policy
 from learner import planner
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import LATENT, CostModel, Features, Look, State, look_away
+from learner.cost_model import LATENT, Features, Look, SignalModel, State, learned_reward, look_away
 from learner.rssm import Latent
-from learner.world_model import WorldModel
+from learner.world_model import Model
 
 
 class ActingParams(NamedTuple):
     """What the learner broadcasts; None for what the acting policy does not need."""
 
-    model: WorldModel
+    model: Model
     actor: Actor
     critic: Critic | None = None
     cost_critic: Critic | None = None
@@ -47,7 +47,7 @@ def make_policy(
 
     Args:
         plan: rows of the plan in the carry; 0 for none.
-        look: finds the hazards that the method tracks in a state observation.
+        look: finds the scene that the method tracks in a state observation.
     """
 
     def init(count: int) -> Carry:
@@ -62,10 +62,8 @@ def make_policy(
         key: PRNGKeyArray,
     ) -> tuple[Carry, Array, dict]:
         key_state, key_choice = jax.random.split(key)
-        rssm = params.model.rssm
-        embed = params.model.encode(obs)
-        uniform = jax.random.uniform(key_state, carry.latent.stoch.shape[:-1])
-        latent = rssm.obs_step(carry.latent, carry.action, is_first, embed, uniform)
+        uniform = params.model.noise(key_state, is_first.shape[0])
+        latent = params.model.filter(carry.latent, carry.action, is_first, obs, uniform)
         previous = jnp.where(is_first[:, None, None], 0.0, carry.plan)
         action, plan_, stats = choose(params, State(latent, look(obs)), previous, key_choice)
         action = jnp.clip(action, -1.0, 1.0)
@@ -87,13 +85,14 @@ def actor_choice(*, explore: bool, features: Features = LATENT) -> Choose:
 
 
 def planner_choice(
-    cost_model: CostModel,
+    cost_model: SignalModel,
     cfg: PlannerConfig,
     behavior: BehaviorConfig,
     cost_limit: float,
     *,
     explore: bool,
     features: Features = LATENT,
+    reward_model: SignalModel = learned_reward,
 ) -> Choose:
     """The constrained planner, vmapped over environments.
 
@@ -108,7 +107,7 @@ def planner_choice(
         if params.cost_critic is not None and params.multiplier is not None:
             penalty = planner.Penalty(params.cost_critic, params.multiplier)
         score = planner.model_score(
-            params.model, params.critic, cost_model, state, cfg, behavior, features, penalty
+            params.model, params.critic, cost_model, state, cfg, behavior, features, penalty, reward_model
         )
         sequences = planner.actor_proposals(
             params.model, params.actor, state, proposals, cfg.horizon, key_actor, features

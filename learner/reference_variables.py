@@ -18,6 +18,7 @@ from common.types import UserError
 from learner.lagrange import AugmentedState
 from learner.layers import MLP
 from learner.train_step import TrainState
+from learner.world_model import WorldModel
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -83,9 +84,14 @@ def assign(
 
 def rows(state: TrainState) -> list[Row]:
     """The table for a state's structure. Raises UserError for a part that no published method has."""
-    if state.model.motion_head is not None:
+    model = state.model
+    if not isinstance(model, WorldModel) or model.body is not None:
         raise UserError("no published method predicts motion; use another safety.cost_model than tracked")
-    table = [*_world_model(state), *_actor(state), *_moments(f"{_scope(state)}/retnorm_extr", ".moments")]
+    table = [
+        *_world_model(model),
+        *_actor(state),
+        *_moments(f"{_scope(state)}/retnorm_extr", ".moments"),
+    ]
     for name, field in _critics(state).items():
         critic = getattr(state, field)
         table += _head(f"{name}/net", f".{field}.fast", critic.fast.mlp)
@@ -100,7 +106,8 @@ def rows(state: TrainState) -> list[Row]:
 
 def _scope(state: TrainState) -> str:
     """Of the actor: `safe_ac` where costs are modelled, `ac` otherwise."""
-    return f"{_BEHAVIOR}/{'ac' if state.model.cost_head is None else 'safe_ac'}"
+    unsafe = isinstance(state.model, WorldModel) and state.model.cost_head is None
+    return f"{_BEHAVIOR}/{'ac' if unsafe else 'safe_ac'}"
 
 
 def _critics(state: TrainState) -> dict[str, str]:
@@ -129,8 +136,7 @@ def _half_precision(state: TrainState) -> Iterator[str]:
 # --- the table ----------------------------------------------------------------------------------
 
 
-def _world_model(state: TrainState) -> Iterator[Row]:
-    model = state.model
+def _world_model(model: WorldModel) -> Iterator[Row]:
     encoder, decoder = model.encoder, model.decoder
     if encoder.images is not None:
         for i in range(len(encoder.images.layers)):
@@ -138,7 +144,7 @@ def _world_model(state: TrainState) -> Iterator[Row]:
             yield from _norm(f"agent/wm/enc/cnn/s{i}res/norm", f".model.encoder.images.layers[{i}].norm")
     if encoder.vector is not None:
         yield from _mlp("agent/wm/enc/mlp", ".model.encoder.vector", encoder.vector)
-    yield from _rssm("agent/wm/rssm", ".model.rssm", state)
+    yield from _rssm("agent/wm/rssm", ".model.rssm", model)
     if decoder.images is not None:
         yield from _linear("agent/wm/dec/cnn/in", ".model.decoder.images.inputs")
         for i, layer in enumerate(decoder.images.layers):
@@ -157,8 +163,8 @@ def _world_model(state: TrainState) -> Iterator[Row]:
         yield from _head("agent/wm/cost", ".model.cost_head", model.cost_head.mlp)
 
 
-def _rssm(name: str, path: str, state: TrainState) -> Iterator[Row]:
-    deter = state.model.rssm.initial_deter.shape[0]
+def _rssm(name: str, path: str, model: WorldModel) -> Iterator[Row]:
+    deter = model.rssm.initial_deter.shape[0]
     yield Row(f"{name}/initial", f"{path}.initial_deter")
     yield from _dense(f"{name}/img_in", f"{path}.input_layer")
     yield Row(f"{name}/gru/kernel", f"{path}.gru.weight")

@@ -16,12 +16,13 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from common.config import BehaviorConfig, Config
 from common.types import Batch, EnvSpec
 from learner.actor_critic import Actor, Critic, Outcome, Signal, critic_loss, evaluate, imagine
-from learner.cost_model import LATENT, CostModel, Features, Look, State, look_away
+from learner.cost_model import LATENT, Features, Look, SignalModel, State, learned_reward, look_away
 from learner.lagrange import Constraint
 from learner.policy import ActingParams
 from learner.precision import compute_in
 from learner.returns import Moments
-from learner.world_model import WorldModel
+from learner.scene import SceneModel
+from learner.world_model import Model, WorldModel
 
 Metrics = dict[str, Array]
 
@@ -29,7 +30,7 @@ Metrics = dict[str, Array]
 class TrainState(NamedTuple):
     """Everything that training changes; a checkpoint holds all of it."""
 
-    model: WorldModel
+    model: Model
     actor: Actor
     critic: Critic
     cost_critic: Critic | None
@@ -59,25 +60,19 @@ class TrainStep:
     spec: EnvSpec
     cfg: Config
     constraint: Constraint
-    cost_model: CostModel
+    cost_model: SignalModel
     learn_cost: bool  # a cost head in the world model
     value_cost: bool  # a cost critic: for a constraint, a penalty, or as the published methods have one
     shared: Shared
     features: Features = LATENT
-    look: Look = look_away  # finds the hazards that imagination tracks; motion is learned to do so
+    look: Look = look_away  # finds the scene that imagination tracks; motion is learned to do so
+    reward_model: SignalModel = learned_reward
 
     def init(self, seed: int) -> TrainState:
         cfg = self.cfg
         key, key_model, key_actor, key_critic, key_cost = jax.random.split(jax.random.PRNGKey(seed), 5)
-        feat = cfg.world_model.deter + cfg.world_model.stoch * cfg.world_model.classes
-        feat += self.features.extra
-        model = WorldModel(
-            key_model,
-            self.spec,
-            cfg.world_model,
-            learn_cost=self.learn_cost,
-            learn_motion=self.look is not look_away,
-        )
+        model = self._world_model(key_model)
+        feat = self.features.extra + model.initial().feat.shape[-1]
         actor = Actor(key_actor, feat, self.spec.action_size, cfg.behavior)
         critic = Critic(key_critic, feat, cfg.behavior, cfg.world_model)
         cost_critic = None
@@ -110,7 +105,7 @@ class TrainStep:
         key, key_model, key_start, key_imagine = jax.random.split(state.key, 4)
         optimizers = self._optimizers()
 
-        (_, (observed, metrics)), grads = jax.value_and_grad(WorldModel.loss, has_aux=True)(
+        (_, (observed, metrics)), grads = jax.value_and_grad(type(state.model).loss, has_aux=True)(
             state.model, batch, key_model
         )
         model, model_opt, norm = optimizers.model.update(state.model, grads, state.model_opt)
@@ -171,7 +166,7 @@ class TrainStep:
     def _actor_loss(
         self,
         actor: Actor,
-        model: WorldModel,
+        model: Model,
         state: TrainState,
         start: State,
         cont: Array,
@@ -181,7 +176,9 @@ class TrainStep:
         cfg = self.cfg.behavior
         imagined = imagine(model, actor, start, cfg.horizon, key, self.features)
         critics = (state.critic, state.cost_critic)
-        outcome = evaluate(imagined, cont, model, *critics, self.cost_model, cfg, self.features)
+        outcome = evaluate(
+            imagined, cont, model, *critics, self.cost_model, cfg, self.features, self.reward_model
+        )
         moments = _follow(state.moments, outcome.reward, cfg)
         reward = outcome.reward._replace(scale=moments.scale)
         cost_moments = state.cost_moments
@@ -203,6 +200,12 @@ class TrainStep:
             metrics["behavior/cost_value"] = outcome.cost.value.mean()
             metrics["behavior/cost_scale"] = jnp.asarray(outcome.cost.scale)
         return loss, jax.lax.stop_gradient((outcome, moments, cost_moments, violation, metrics))
+
+    def _world_model(self, key: PRNGKeyArray) -> Model:
+        tracking, cfg = self.look is not look_away, self.cfg.world_model
+        if tracking and not cfg.latent:
+            return SceneModel(key, self.spec, cfg)
+        return WorldModel(key, self.spec, cfg, learn_cost=self.learn_cost, learn_motion=tracking)
 
     def _optimizers(self) -> _Optimizers:
         model, behavior = self.cfg.world_model, self.cfg.behavior
@@ -238,7 +241,7 @@ class _Optimizers(NamedTuple):
 def _starts(states: State, batch: Batch, cfg: BehaviorConfig, key: PRNGKeyArray) -> tuple[State, Array]:
     """Imagination starts [N, ...]: every posterior of the batch, or a random part of them."""
     cont = 1.0 - batch["is_terminal"].reshape(-1).astype(jnp.float32)
-    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(-1, *x.shape[2:]), states)
+    flat = jax.tree.map(lambda x: jax.lax.stop_gradient(x).reshape(cont.size, *x.shape[2:]), states)
     if not 0 < cfg.imagine_starts < cont.shape[0]:
         return flat, cont
     chosen = jax.random.permutation(key, cont.shape[0])[: cfg.imagine_starts]

@@ -7,17 +7,15 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from common.config import WorldModelConfig
 from common.types import VECTOR, Batch, EnvSpec
 from learner.codec import Decoder, Encoder, Obs, stack_images
 from learner.distributions import Bernoulli, OneHot, TwoHot
-from learner.geometry import heading_of, relative_motion
 from learner.layers import Head, symexp, symlog
 from learner.rssm import RSSM, Latent
-
-_MOTION_UNIT = 0.1  # m and rad: what a robot moves and turns in an agent step, about
+from learner.scene import Body, SceneModel
 
 # Parts of a coordinate observation that say where things are; the others are the robot's own sensors.
 _GEOMETRY = ("goal", "hazards", "vases", "position", "rotation")
@@ -43,11 +41,10 @@ class WorldModel(eqx.Module):
     reward_head: Head
     cost_head: Head | None
     cont_head: Head
-    motion_head: Head | None
+    body: Body | None
     cfg: WorldModelConfig = eqx.field(static=True)
     obs_keys: tuple[str, ...] = eqx.field(static=True)
     geometry: tuple[tuple[int, int], ...] = eqx.field(static=True)  # slices of positions in the vector
-    pose: tuple[tuple[int, int], ...] = eqx.field(static=True)  # slices of the robot's position and rotation
 
     def __init__(
         self,
@@ -69,13 +66,35 @@ class WorldModel(eqx.Module):
         self.reward_head = Head(keys[3], feat, cfg.units, cfg.head_layers, cfg.bins, outscale=0.0)
         self.cost_head = Head(keys[4], feat, cfg.units, cfg.head_layers, cfg.bins) if learn_cost else None
         self.cont_head = Head(keys[5], feat, cfg.units, cfg.head_layers, 1)
-        self.pose = tuple(spec.slices[name] for name in ("position", "rotation")) if learn_motion else ()
-        self.motion_head = None
-        if learn_motion:
-            self.motion_head = Head(keys[6], cfg.deter, cfg.units, cfg.head_layers + 1, 3)
+        self.body = Body(keys[6], spec, cfg) if learn_motion else None
 
     def encode(self, obs: Obs) -> Float[Array, "*n E"]:
         return self.encoder(obs)
+
+    def initial(self, *batch: int) -> Latent:
+        """The state before anything was seen."""
+        return self.rssm.initial(*batch)
+
+    def noise(self, key: PRNGKeyArray, *batch: int) -> Float[Array, "*batch S"]:
+        """What `filter` and `imagine` draw latents with."""
+        return jax.random.uniform(key, (*batch, self.rssm.stoch))
+
+    def filter(
+        self,
+        latent: Latent,
+        action: Float[Array, "*n A"],
+        is_first: Bool[Array, "*n"],
+        obs: Obs,
+        uniform: Float[Array, "*n S"] | None,
+    ) -> Latent:
+        """The posterior after `action` in `latent` led to `obs`; its mode without `uniform`."""
+        return self.rssm.obs_step(latent, action, is_first, self.encode(obs), uniform)
+
+    def imagine(
+        self, latent: Latent, action: Float[Array, "*n A"], uniform: Float[Array, "*n S"] | None
+    ) -> Latent:
+        """The prior after `action` in `latent`; its mode without `uniform`."""
+        return self.rssm.img_step(latent, action, uniform)
 
     def decode_vector(self, latent: Latent) -> Float[Array, "*n O"]:
         """Predicted state observation, in the environment's units."""
@@ -103,20 +122,6 @@ class WorldModel(eqx.Module):
     def cont(self, latent: Latent) -> Bernoulli:
         return Bernoulli(self.cont_head(latent.feat)[..., 0])
 
-    def motion(self, latent: Latent) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
-        """How the robot moved into a latent: displacement (m, in its frame before) and heading turned by.
-
-        **Ours.** It reads the deterministic state alone, which has not seen the observation there: a
-        prediction, for real latents as for imagined ones.
-        """
-        numbers = self._motion(latent)
-        return _MOTION_UNIT * numbers[..., :2], heading_of(_MOTION_UNIT * numbers[..., 2])
-
-    def _motion(self, latent: Latent) -> Float[Array, "*n 3"]:
-        if self.motion_head is None:
-            raise TypeError("this world model learns no motion; see SafetyConfig.cost_model tracked")
-        return self.motion_head(latent.deter)
-
     def observe(self, batch: Batch, key: PRNGKeyArray) -> Observed:
         """Filters a batch [B, T, ...] of replayed windows."""
         embed = self.encode({name: batch[name] for name in self.obs_keys})
@@ -141,22 +146,14 @@ class WorldModel(eqx.Module):
         if self.cost_head is not None:
             weight = jnp.where(batch["cost"] >= 1.0, cfg.cost_weight, 1.0)
             losses["cost"] = -weight * self.cost(latents).log_prob(batch["cost"])
-        if self.motion_head is not None:
-            losses["motion"] = cfg.motion_loss_scale * self._motion_loss(latents, batch)
+        if self.body is not None:
+            losses["motion"] = cfg.motion_loss_scale * self.body.loss(batch)
         metrics = {f"loss/{name}": x.mean() for name, x in losses.items()}
         metrics["model/kl"] = posterior.kl(prior).mean()
         metrics["model/prior_entropy"] = prior.entropy().mean()
         metrics["model/posterior_entropy"] = posterior.entropy().mean()
         total = sum(x.mean() for x in losses.values())
         return jnp.asarray(total), (observed, metrics)
-
-    def _motion_loss(self, latents: Latent, batch: Batch) -> Float[Array, "B T-1"]:
-        """Squared error in units of 0.1 m and 0.1 rad; nothing to learn across an episode's border."""
-        position, rotation = (batch[VECTOR][..., start:stop] for start, stop in self.pose)
-        displacement, angle = relative_motion(position, rotation)
-        target = jnp.concatenate([displacement, angle[..., None]], -1) / _MOTION_UNIT
-        error = jnp.square(self._motion(latents)[:, 1:] - target).sum(-1)
-        return jnp.where(batch["is_first"][:, 1:], 0.0, error)
 
     def _reconstruction_losses(self, latents: Latent, batch: Batch) -> dict[str, Float[Array, "B T"]]:
         """Squared errors, summed over an observation's numbers: of all images in 0..1, of the vector."""
@@ -178,6 +175,9 @@ class WorldModel(eqx.Module):
         for start, stop in self.geometry:
             weight = weight.at[start:stop].set(self.cfg.geometry_loss_scale)
         return weight
+
+
+Model = WorldModel | SceneModel
 
 
 def two_hot_bins(cfg: WorldModelConfig) -> Float[Array, " bins"]:

@@ -116,7 +116,7 @@ def imagined(start: State) -> Imagined:
     rng = np.random.default_rng(4)
     deter = rng.normal(size=(HORIZON + 1, STATES, 8)).astype(np.float32)
     stoch = jnp.broadcast_to(start.latent.stoch, (HORIZON + 1, *start.latent.stoch.shape))
-    states = State(Latent(jnp.array(deter), stoch), jnp.zeros((HORIZON + 1, STATES, 0, 2)))
+    states = State(Latent(jnp.array(deter), stoch), None)
     return Imagined(states, jnp.zeros((HORIZON, STATES)))
 
 

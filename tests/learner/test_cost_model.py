@@ -13,19 +13,30 @@ from learner.cost_model import (
     State,
     count_within,
     decoded_hazards,
+    follow,
     learned_cost,
+    learned_reward,
     look_at,
-    move,
-    nearest_hazards,
+    look_away,
+    scene_features,
+    start_of,
     tracked_hazards,
+    tracked_reward,
 )
-from learner.geometry import heading_of
 from learner.rssm import Latent
+from learner.scene import Layout, Scene, SceneModel
 from learner.world_model import WorldModel
-from tests.learner.tiny import MODEL, SPEC, filled
+from tests.learner.tiny import MODEL, SCENE, SPEC, filled
 
-QUARTER = np.pi / 2
+KEY = jax.random.PRNGKey(0)
 NOWHERE = Latent(jnp.zeros(3), jnp.zeros((1, 2)))
+LAYOUT = Layout.of(SCENE)
+
+
+def scene(hazards: Any, goal: Any = (1.0, 0.0), reward: Any = 0.0) -> Scene:
+    hazards = jnp.asarray(hazards, jnp.float32)
+    goal = jnp.broadcast_to(jnp.asarray(goal, jnp.float32), (*hazards.shape[:-2], 2))
+    return Scene(jnp.zeros((*goal.shape[:-1], 3)), goal, hazards, jnp.zeros_like(goal), jnp.asarray(reward))
 
 
 # --- counting -----------------------------------------------------------------------------------
@@ -67,74 +78,98 @@ def test_learned_cost_is_the_mean_of_the_head() -> None:
 def test_decoded_hazards_read_their_slice_only() -> None:
     vector = jnp.array([[0.0, 0.0, 0.1, 0.0, 5.0, 5.0], [0.0, 0.0, 5.0, 5.0, 5.0, 5.0]])
     echo: Any = SimpleNamespace(decode_vector=lambda latent: vector)
-    state = State(NOWHERE, jnp.zeros((2, 1, 2)))  # what is tracked does not count
+    state = State(NOWHERE, scene(np.zeros((2, 1, 2))))  # what is tracked does not count
     np.testing.assert_array_equal(decoded_hazards((2, 6), 0.25)(echo, state), [1.0, 0.0])
 
 
-def test_tracked_hazards_count_what_is_tracked() -> None:
+def test_the_tracked_scene_gives_costs_and_rewards() -> None:
     blind: Any = None
-    state = State(NOWHERE, look_at((2, 6))({"vector": jnp.array([9.0, 9.0, 0.1, 0.0, 0.0, 0.2])}))
+    state = State(NOWHERE, scene([[0.1, 0.0], [0.0, 0.2]], reward=0.7))
     assert float(tracked_hazards(0.25)(blind, state)) == 2.0
     assert float(tracked_hazards(0.15)(blind, state)) == 1.0
+    assert float(tracked_reward(blind, state)) == pytest.approx(0.7)
 
 
-# --- motion -------------------------------------------------------------------------------------
+def test_what_is_not_tracked_cannot_be_counted() -> None:
+    with pytest.raises(TypeError, match="carries no scene"):
+        tracked_hazards(0.25)(None, State(NOWHERE, None))
 
 
-def moving(x: float, y: float, turn: float) -> Any:
-    return SimpleNamespace(motion=lambda latent: (jnp.array([x, y]), heading_of(jnp.array(turn))))
+def test_learned_reward_is_the_mean_of_the_head() -> None:
+    model = filled(lambda: WorldModel(KEY, SPEC, MODEL, learn_cost=False))
+    state = State(model.rssm.initial(2), None)
+    np.testing.assert_array_equal(learned_reward(model, state), model.reward(state.latent).mean)
 
 
-@pytest.mark.parametrize(
-    ("motion", "hazard", "expected"),
-    [
-        ((0.0, 0.0, 0.0), (1.0, 2.0), (1.0, 2.0)),
-        ((0.5, 0.0, 0.0), (1.0, 0.0), (0.5, 0.0)),  # driving towards it
-        ((0.0, 0.0, QUARTER), (1.0, 0.0), (0.0, -1.0)),  # turned left, it lies to the right
-        ((1.0, 1.0, QUARTER), (1.0, 2.0), (1.0, 0.0)),  # moved, then turned towards it
-    ],
-)
-def test_hazards_pass_by_as_the_robot_moves(
-    motion: tuple[float, float, float], hazard: tuple[float, float], expected: tuple[float, float]
-) -> None:
-    hazards = jnp.array([hazard, hazard])
-    moved = move(moving(*motion), hazards, NOWHERE)
-    assert moved is not None
-    np.testing.assert_allclose(moved, [expected] * 2, atol=1e-6)
+# --- states, step by step -----------------------------------------------------------------------
+
+ACTION = jnp.array([[0.5, -1.0]])
+VECTOR = jnp.asarray(np.random.default_rng(0).normal(size=(1, 13)), jnp.float32)
+
+
+def test_latent_and_scene_go_on_together() -> None:
+    model = filled(lambda: WorldModel(KEY, SCENE, MODEL, learn_cost=False, learn_motion=True))
+    assert model.body is not None
+    state = State(model.initial(1), look_at(LAYOUT)({"vector": VECTOR}))
+    uniform = model.noise(KEY, 1)
+    following = follow(model, state, ACTION, uniform)
+    expected = model.rssm.img_step(state.latent, ACTION, uniform)
+    np.testing.assert_array_equal(following.latent.deter, expected.deter)
+    assert state.scene is not None
+    assert following.scene is not None
+    moved = model.body.move(state.scene, ACTION)
+    np.testing.assert_array_equal(following.scene.hazards, moved.hazards)
+
+
+def test_a_scene_alone_goes_on_without_a_latent() -> None:
+    model = filled(lambda: SceneModel(KEY, SCENE, MODEL))
+    state = State(model.initial(1), look_at(LAYOUT)({"vector": VECTOR}))
+    following = follow(model, state, ACTION, model.noise(KEY, 1))
+    assert following.latent.feat.shape == (1, 0)
+    assert following.scene is not None
+    assert not np.array_equal(following.scene.goal, state.scene.goal)  # pyright: ignore
 
 
 def test_methods_that_track_nothing_need_no_motion() -> None:
-    blind: Any = None
-    assert move(blind, None, NOWHERE) is None
+    model = filled(lambda: WorldModel(KEY, SPEC, MODEL, learn_cost=False))
+    state = State(model.initial(1), look_away({}))
+    assert start_of(model, state, KEY) is state
+    assert follow(model, state, ACTION, None).scene is None
+    with pytest.raises(TypeError, match="learns no motion"):
+        follow(model, State(model.initial(1), LAYOUT.scene(VECTOR)), ACTION, None)
 
 
-def test_hazards_are_read_in_pairs() -> None:
-    hazards = look_at((1, 5))({"vector": jnp.array([[0.0, 1, 2, 3, 4, 5]])})
-    assert hazards is not None
-    np.testing.assert_array_equal(hazards, [[[1, 2], [3, 4]]])
+def test_next_goals_are_drawn_where_imagination_starts() -> None:
+    model = filled(lambda: SceneModel(KEY, SCENE, MODEL))
+    seen = LAYOUT.scene(jnp.repeat(VECTOR, 5, 0))
+    many = start_of(model, State(model.initial(5), seen), KEY, (5,)).scene
+    assert many is not None
+    assert len({tuple(goal) for goal in np.asarray(many.next_goal).tolist()}) == 5
+    np.testing.assert_array_equal(many.goal, seen.goal)
 
 
 # --- features -----------------------------------------------------------------------------------
 
 
-def test_the_nearest_hazards_are_shown_in_order() -> None:
+def test_the_scene_is_shown_with_its_nearest_hazards_in_order() -> None:
     hazards = np.array([[3.0, 0.0], [0.0, 0.3], [9.0, 9.0], [-1.0, 0.0], [0.0, -2.0]], np.float32)
-    features = nearest_hazards(len(hazards))
+    features = scene_features(LAYOUT)  # of two hazards
+    many = scene_features(LAYOUT._replace(hazards=(5, 15)))
 
     def shown(order: list[int]) -> np.ndarray:
-        state = State(NOWHERE, jnp.array(hazards[order]))
-        numbers = np.asarray(features.read(state))
+        around = scene(hazards[order], goal=(0.0, 0.6))._replace(body=jnp.array([1.0, 2.0, 3.0]))
+        state = State(NOWHERE, around)
+        numbers = np.asarray(many.read(state))
         np.testing.assert_array_equal(numbers[:5], LATENT.read(state))
         return numbers[5:]
 
     numbers = shown([0, 1, 2, 3, 4])
-    assert numbers.shape == (features.extra,) == (12,)
+    assert numbers.shape == (many.extra,)
+    np.testing.assert_allclose(numbers[:3], [1, 2, 3])
+    np.testing.assert_allclose(numbers[3:9], [0, 0.6, np.exp(-2), 0.6, 0, 1], atol=2e-3)
     near = [[0, 0.3, np.exp(-1)], [-1, 0, np.exp(-1 / 0.3)], [0, -2, np.exp(-2 / 0.3)], [3, 0, np.exp(-10)]]
-    np.testing.assert_allclose(numbers.reshape(4, 3), near, atol=1e-5)
+    np.testing.assert_allclose(numbers[9:-1].reshape(4, 3), near, atol=1e-5)
+    assert numbers[-1] == 1.0
     np.testing.assert_allclose(shown([4, 2, 0, 1, 3]), numbers, atol=1e-6)  # the listed order does not matter
-
-
-def test_a_task_may_have_few_hazards() -> None:
-    features = nearest_hazards(2)
-    state = State(NOWHERE, jnp.ones((2, 2)))
-    assert features.read(state).shape == (5 + features.extra,) == (5 + 6,)
+    state = State(NOWHERE, scene(hazards[:2]))
+    assert features.read(state).shape == (5 + features.extra,) == (5 + 3 + 6 + 2 * 3 + 1,)

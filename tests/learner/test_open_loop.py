@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from common.types import ArraySpec
-from learner.cost_model import State, learned_cost, look_at, look_away, move, tracked_hazards
+from learner.cost_model import State, learned_cost, look_at, look_away, tracked_hazards, tracked_reward
 from learner.open_loop import open_loop
+from learner.scene import Layout, SceneModel
 from learner.world_model import WorldModel
-from tests.learner.tiny import MODEL, SPEC, batch, filled
+from tests.learner.tiny import MODEL, SCENE, SPEC, batch, filled
 
 CONTEXT = 3
 CLOSE: Any = {"rtol": 1e-4, "atol": 1e-5}
@@ -52,30 +54,29 @@ def test_what_comes_after_the_context_is_not_looked_at() -> None:
     ].any()
 
 
-def test_tracked_hazards_start_where_they_were_last_seen() -> None:
-    spec = replace(SPEC, slices={"hazards": (2, 6), "position": (0, 2), "rotation": (0, 2)})
-    model, look, count = (
-        build(spec, learn_cost=False, learn_motion=True),
-        look_at((2, 6)),
-        tracked_hazards(2.0),
-    )
-    predicted = open_loop(model, count, look, BATCH, CONTEXT)
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_tracked_scene_starts_where_it_was_last_seen(latent: bool) -> None:
+    vector = np.random.default_rng(3).normal(size=(2, 7, 13)).astype(np.float32)
+    data, layout = BATCH | {"vector": jnp.asarray(vector)}, Layout.of(SCENE)
+    model: Any = build(SCENE, learn_cost=False, learn_motion=True)
+    if not latent:
+        model = filled(lambda: SceneModel(jax.random.PRNGKey(0), SCENE, MODEL))
+    count = tracked_hazards(2.0)
+    predicted = open_loop(model, count, look_at(layout), data, CONTEXT, tracked_reward)
     assert predicted.hazards is not None
-    true = BATCH["vector"][..., 2:6].reshape(2, 7, 2, 2)
+    true = vector[..., 5:9].reshape(2, 7, 2, 2)
     np.testing.assert_array_equal(predicted.hazards[:, :CONTEXT], true[:, :CONTEXT])
+    assert (predicted.vector is not None) == latent
 
-    latent, hazards = model.rssm.initial(2), true[:, CONTEXT - 1]
-    for t in range(7):
-        action = BATCH["action"][:, t - 1] if t else jnp.zeros((2, 2))
+    scene = layout.scene(data["vector"][:, 0])
+    for t in range(1, 7):
+        scene = model.body.move(scene, data["action"][:, t - 1])
+        np.testing.assert_allclose(predicted.reward[:, t], scene.reward, **CLOSE)
         if t < CONTEXT:
-            embed = model.encode({"vector": BATCH["vector"][:, t]})
-            latent = model.rssm.obs_step(latent, action, jnp.array([t == 0] * 2), embed, uniform=None)
-        else:
-            latent = model.rssm.img_step(latent, action, uniform=None)
-            hazards = move(model, hazards, latent)
-            assert hazards is not None
-            np.testing.assert_allclose(predicted.hazards[:, t], hazards, **CLOSE)
-            np.testing.assert_array_equal(predicted.cost[:, t], count(model, State(latent, hazards)))
+            scene = layout.scene(data["vector"][:, t])
+        np.testing.assert_allclose(predicted.hazards[:, t], scene.hazards, **CLOSE)
+        cost = count(model, State(model.initial(2), scene))
+        np.testing.assert_array_equal(predicted.cost[:, t], cost)
 
 
 def test_images_are_decoded_by_their_names() -> None:

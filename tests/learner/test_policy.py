@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from common.types import Policy
 from learner import planner
 from learner.actor_critic import Actor, Critic
-from learner.cost_model import State, learned_cost, look_at
+from learner.cost_model import State, learned_cost
 from learner.policy import ActingParams, Carry, actor_choice, make_policy, planner_choice
 from learner.rssm import Latent
 from learner.world_model import WorldModel
@@ -21,6 +22,9 @@ K, ROWS = 3, PLANNER.horizon + 1
 
 
 def build(choose: Any, rows: int) -> Policy:
+    def look(obs: Mapping[str, jax.Array]) -> Any:
+        return obs["vector"][:, 2:]
+
     policy = make_policy(choose, MODEL.deter, MODEL.stoch, MODEL.classes, 2, rows)
     return Policy(policy.init, jax.jit(policy.act))
 
@@ -148,17 +152,20 @@ def test_exploration_samples_and_evaluation_does_not(params: ActingParams) -> No
     assert np.abs(explored[0] - explored[1]).max(-1).min() > 1e-3  # in every environment
 
 
-def test_hazards_are_seen_where_they_are(params: ActingParams) -> None:
+def test_the_scene_is_seen_as_it_is(params: ActingParams) -> None:
     seen = []
 
     def choose(params: ActingParams, state: State, plan: jax.Array, key: jax.Array) -> tuple:
-        seen.append(state.hazards)
+        seen.append(state.scene)
         return jnp.zeros((K, 2)), plan, {}
 
-    policy = make_policy(choose, MODEL.deter, MODEL.stoch, MODEL.classes, 2, 0, look_at((2, 6)))
+    def look(obs: Mapping[str, jax.Array]) -> Any:
+        return obs["vector"][:, 2:]
+
+    policy = make_policy(choose, MODEL.deter, MODEL.stoch, MODEL.classes, 2, 0, look)
     obs = observation()
     policy.act(params, policy.init(K), obs, FIRST, KEY)
-    np.testing.assert_array_equal(seen[0], obs["vector"][:, 2:].reshape(K, 2, 2))
+    np.testing.assert_array_equal(seen[0], obs["vector"][:, 2:])
 
 
 def test_planner_reports_what_it_expects(params: ActingParams) -> None:

@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 
 from common.config import AugmentedConfig, Config
-from common.types import ArraySpec
 from learner.actor_critic import imagine
 from learner.cost_model import (
     State,
     learned_cost,
     look_at,
-    nearest_hazards,
+    scene_features,
     tracked_hazards,
+    tracked_reward,
 )
 from learner.lagrange import Constraint, augmented, augmented_update, unconstrained
 from learner.returns import Moments
 from learner.rssm import Latent
+from learner.scene import Layout
 from learner.train_step import Shared, TrainState, TrainStep, _starts
-from tests.learner.tiny import BEHAVIOR, CONFIG, FEAT, SPEC, batch
+from tests.learner.tiny import BEHAVIOR, CONFIG, FEAT, MODEL, SCENE, SPEC, batch
 
 AUGMENTED = AugmentedConfig(multiplier=0.5, penalty=0.05)
 CONSTRAINT = augmented(AUGMENTED, cost_limit=2.0)
@@ -175,7 +176,7 @@ def test_actor_loss_by_hand(start: TrainState) -> None:
     cfg = dataclasses.replace(CONFIG, behavior=dataclasses.replace(BEHAVIOR, entropy=0.1))
     train = build(cfg)
     state = start._replace(moments=Moments(jnp.array(-2.0), jnp.array(2.0)))
-    latents = jax.tree.map(lambda x: x + 0.1, state.model.rssm.initial(3))
+    latents = jax.tree.map(lambda x: x + 0.1, state.model.initial(3))
     begin = State(latents, None)
     cont = jnp.array([1.0, 0.0, 1.0])
     key = jax.random.PRNGKey(0)
@@ -213,25 +214,29 @@ def test_a_method_without_costs_has_no_cost_critic() -> None:
     assert jax.tree.structure(after) == jax.tree.structure(before)
 
 
-def test_a_method_that_tracks_hazards_learns_motion() -> None:
-    slices = {"hazards": (0, 4), "position": (4, 6), "rotation": (6, 8)}
-    spec = dataclasses.replace(SPEC, obs={"vector": ArraySpec((8,))}, slices=slices)
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_method_that_tracks_the_scene_learns_motion(latent: bool) -> None:
+    layout = Layout.of(SCENE)
     train = TrainStep(
-        spec,
-        CONFIG,
+        SCENE,
+        dataclasses.replace(CONFIG, world_model=dataclasses.replace(MODEL, latent=latent)),
         CONSTRAINT,
         tracked_hazards(0.25),
         learn_cost=False,
         value_cost=True,
         shared=Shared(False, False),
-        features=nearest_hazards(2),
-        look=look_at((0, 4)),
+        features=scene_features(layout),
+        look=look_at(layout),
+        reward_model=tracked_reward,
     )
     before = jax.eval_shape(train.init, 0)
-    data = batch() | {"vector": np.zeros((2, 4, 8), np.float32)}
+    data = batch() | {"vector": np.zeros((2, 4, 13), np.float32)}
     after, metrics = jax.eval_shape(train.step, before, data)
-    assert "loss/motion" in metrics
-    assert before.actor.mlp.layers[0].linear.weight.shape[0] == FEAT + 2 * 3
+    assert {name for name in metrics if name in ("loss/motion", "loss/reward")} == (
+        {"loss/motion", "loss/reward"} if latent else {"loss/motion"}
+    )
+    read = before.actor.mlp.layers[0].linear.weight.shape[0]
+    assert read == latent * FEAT + scene_features(layout).extra
     assert jax.tree.structure(after) == jax.tree.structure(before)
 
 
@@ -249,7 +254,7 @@ def starts(count: int) -> tuple[State, jax.Array]:
     cfg = dataclasses.replace(BEHAVIOR, imagine_starts=count)
     number = jnp.arange(8.0).reshape(2, 4)
     latents = Latent(jnp.repeat(number[..., None], 8, -1), jnp.zeros((2, 4, 2, 3)))
-    states = State(latents, number[..., None, None] * jnp.ones((1, 2)))
+    states = State(latents, Layout.of(SCENE).scene(number[..., None] * jnp.ones(13)))
     data = {"is_terminal": np.arange(8).reshape(2, 4) % 2 == 1}
     return _starts(states, data, cfg, jax.random.PRNGKey(0))
 
@@ -266,6 +271,6 @@ def test_imagination_starts_from_a_part_of_the_batch() -> None:
     chosen = np.asarray(start.latent.deter[:, 0])
     assert len(set(chosen)) == 3
     assert set(chosen) <= set(range(8))
-    assert start.hazards is not None
-    np.testing.assert_array_equal(start.hazards[:, 0, 0], chosen)  # latent, hazards and cont stay together
+    assert start.scene is not None
+    np.testing.assert_array_equal(start.scene.goal[:, 0], chosen)  # latent, scene and cont stay together
     np.testing.assert_array_equal(cont, 1 - chosen % 2)

@@ -12,7 +12,7 @@ from common.config import WorldModelConfig
 from learner.distributions import OneHot, uniform_mix
 from learner.layers import symlog
 from learner.world_model import WorldModel, kl_losses
-from tests.learner.tiny import MODEL, SPEC, batch, filled
+from tests.learner.tiny import MODEL, SCENE, SPEC, batch, filled
 
 KEY = jax.random.PRNGKey(0)
 loss = jax.jit(WorldModel.loss)
@@ -130,44 +130,17 @@ def test_a_model_without_costs_has_no_cost_loss() -> None:
         model.cost(observed.latents)
 
 
-TRACKING = dataclasses.replace(SPEC, slices={"position": (0, 2), "rotation": (2, 4)})
-
-
-def test_motion_is_learned_between_the_steps_of_an_episode() -> None:
+def test_motion_is_learned_where_a_scene_is_tracked() -> None:
     cfg = dataclasses.replace(MODEL, motion_loss_scale=3.0)
-    model = filled(lambda: WorldModel(KEY, TRACKING, cfg, learn_cost=False, learn_motion=True))
-    data = batch()
-    angle = np.random.default_rng(0).uniform(-3, 3, (2, 4))
-    data["vector"][..., 2], data["vector"][..., 3] = np.cos(angle), -np.sin(angle)
-    _, (observed, metrics) = loss(model, data, KEY)
-    displacement, heading = (np.asarray(x) for x in model.motion(observed.latents))
-
-    errors = []
-    for b in range(2):
-        for t in range(1, 4):
-            if data["is_first"][b, t]:  # from one episode to the next nothing is to be learned
-                errors.append(0.0)
-                continue
-            x, y = data["vector"][b, t, :2] - data["vector"][b, t - 1, :2]
-            cos, sin = np.cos(angle[b, t - 1]), np.sin(angle[b, t - 1])
-            ahead, left = cos * x + sin * y, cos * y - sin * x
-            turned = (angle[b, t] - angle[b, t - 1] + np.pi) % (2 * np.pi) - np.pi
-            predicted = np.arctan2(heading[b, t, 1], heading[b, t, 0])
-            error = np.square(displacement[b, t] - [ahead, left]).sum() + (predicted - turned) ** 2
-            errors.append(error / 0.1**2)
-    assert errors.count(0.0) == 1
-    assert float(metrics["loss/motion"]) == pytest.approx(3 * np.mean(errors), rel=1e-3)
-
-
-def test_motion_is_a_prediction() -> None:
-    """It reads what was known before the observation; the sampled state does not enter."""
-    model = filled(lambda: WorldModel(KEY, TRACKING, MODEL, learn_cost=False, learn_motion=True))
-    latent = model.rssm.initial(1)
-    other = latent._replace(stoch=1 - latent.stoch)
-    np.testing.assert_array_equal(model.motion(latent)[0], model.motion(other)[0])
+    model = filled(lambda: WorldModel(KEY, SCENE, cfg, learn_cost=False, learn_motion=True))
+    data = batch() | {"vector": np.random.default_rng(0).normal(size=(2, 4, 13)).astype(np.float32)}
+    total, (_, metrics) = loss(model, data, KEY)
+    assert model.body is not None
+    motion = 3 * model.body.loss(data).mean()
+    assert float(metrics["loss/motion"]) == pytest.approx(float(motion), rel=1e-4)
+    parts = sum(float(x) for name, x in metrics.items() if name.startswith("loss/"))
+    assert float(total) == pytest.approx(parts, rel=1e-5)
     assert "loss/motion" not in loss(build(), batch(), KEY)[1][1]
-    with pytest.raises(TypeError, match="learns no motion"):
-        build().motion(latent)
 
 
 def test_reward_starts_at_zero_and_cost_does_not() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from common.config import BehaviorConfig, Config, PlannerConfig, SafetyConfig, WorldModelConfig
-from common.types import ArraySpec, EnvSpec
+from common.types import ArraySpec, EnvSpec, GoalSpec
 
 T = TypeVar("T")
 
@@ -35,6 +35,22 @@ SPEC = EnvSpec(
     action_repeat=1,
     time_limit=100,
     slices={"hazards": (2, 6)},
+)
+SCENE = EnvSpec(
+    task="Tiny-v0",
+    obs={"vector": ArraySpec((13,))},
+    action_size=2,
+    action_repeat=1,
+    time_limit=100,
+    slices={
+        "velocimeter": (0, 2),
+        "gyro": (2, 3),
+        "goal": (3, 5),
+        "hazards": (5, 9),
+        "rotation": (9, 11),
+        "position": (11, 13),
+    },
+    goal=GoalSpec(radius=0.3, bonus=1.0, per_metre=2.0, extent=1.5),
 )
 CONFIG = Config(
     world_model=MODEL,

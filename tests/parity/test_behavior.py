@@ -15,6 +15,7 @@ from learner.lagrange import augmented_penalty
 from learner.returns import Moments
 from learner.rssm import Latent
 from learner.train_step import TrainState
+from learner.world_model import WorldModel
 from tests.parity.recorded import BINS, System, assert_close, latents, pin, sines
 
 KEY = jax.random.PRNGKey(0)
@@ -26,6 +27,7 @@ def compute(system: System) -> dict[str, Any]:
 
     def quantities(state: TrainState, start: Latent, is_terminal: jax.Array) -> dict[str, Any]:
         model, begin, cont = state.model, State(start, None), 1.0 - is_terminal
+        assert isinstance(model, WorldModel)
         imagined = imagine(model, state.actor, begin, cfg.horizon, KEY)
         critics = (state.critic, state.cost_critic)
         outcome = evaluate(imagined, cont, model, *critics, train.cost_model, cfg)

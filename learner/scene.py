@@ -1,0 +1,205 @@
+"""The scene around a robot, as it was really seen and as the robot's own motion changes it (**ours**).
+
+Goals and hazards do not move. Where their positions are observed, imagination starts from where they really
+are and predicts only the robot: its sensors, and by how much it moves and turns in its own frame,
+
+    (b', d, a) = f(b, action),    o' = R(a)^T (o - d)    for every object o.
+
+f is deterministic and reads nothing but the robot's own sensors b, as the equations of motion do: errors grow
+far more slowly than those of sampled latents. What a Goal task pays follows from the same positions:
+
+    r = per_metre (|g| - |g'|) + bonus [|g'| <= radius].
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from common.config import WorldModelConfig
+from common.types import VECTOR, Batch, EnvSpec, GoalSpec
+from learner.codec import Obs
+from learner.distributions import Bernoulli
+from learner.geometry import distance, heading_of, opposite, relative_motion, rotate, within
+from learner.layers import Head, symlog
+from learner.rssm import Latent
+
+Slice = tuple[int, int]  # (start, stop) in the state observation, from `EnvSpec.slices`
+
+_SENSORS = ("velocimeter", "accelerometer", "gyro", "joints")  # of the robot itself, whatever is around it
+_MOTION_UNIT = 0.1  # m and rad: what a robot moves and turns in an agent step, about
+_LAYERS = 2
+_MOST_ERROR = 10.0  # a collision is not in the sensors: larger errors pull no harder than this one
+
+
+class Scene(NamedTuple):
+    """What surrounds the robot, in its own frame (x ahead, y left; m)."""
+
+    body: Float[Array, "*n b"]  # symlog of its own sensors
+    goal: Float[Array, "*n 2"]
+    hazards: Float[Array, "*n objects 2"]
+    next_goal: Float[Array, "*n 2"]  # where the goal after this one will appear, as imagined
+    reward: Float[Array, "*n"]  # for arriving here; 0 where imagination starts
+
+
+class Layout(NamedTuple):
+    """Where a state observation holds what a scene is made of."""
+
+    sensors: tuple[Slice, ...]
+    goal: Slice
+    hazards: Slice
+    position: Slice
+    rotation: Slice
+    task: GoalSpec
+
+    @staticmethod
+    def of(spec: EnvSpec) -> Layout:
+        """Raises KeyError where the task does not observe one of them."""
+        at = spec.slices
+        if spec.goal is None:
+            raise KeyError("goal")
+        sensors = tuple(at[name] for name in _SENSORS if name in at)
+        return Layout(sensors, at["goal"], at["hazards"], at["position"], at["rotation"], spec.goal)
+
+    @property
+    def objects(self) -> int:
+        """Hazards in the task."""
+        return (self.hazards[1] - self.hazards[0]) // 2
+
+    def body(self, vector: Float[Array, "*n O"]) -> Float[Array, "*n b"]:
+        return symlog(jnp.concatenate([_take(vector, sensor) for sensor in self.sensors], -1))
+
+    def scene(self, vector: Float[Array, "*n O"]) -> Scene:
+        """What is seen; the next goal is taken to lie straight ahead, see `imagine_next_goal`."""
+        hazards = _take(vector, self.hazards)
+        goal = _take(vector, self.goal)
+        return Scene(
+            self.body(vector),
+            goal,
+            hazards.reshape(*hazards.shape[:-1], -1, 2),
+            jnp.zeros_like(goal).at[..., 0].set(self.task.extent),
+            jnp.zeros(goal.shape[:-1]),
+        )
+
+
+def imagine_next_goal(scene: Scene, task: GoalSpec, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Scene:
+    """Scenes of batch `shape` whose next goals lie all around, at 0.4 to 1.6 times half the arena's width."""
+    key_angle, key_distance = jax.random.split(key)
+    angle = jax.random.uniform(key_angle, shape, maxval=2 * jnp.pi)
+    far = task.extent * jax.random.uniform(key_distance, shape, minval=0.4, maxval=1.6)
+    return scene._replace(next_goal=far[..., None] * heading_of(angle))
+
+
+class Body(eqx.Module):
+    """f above, a residual network, and the motion of scenes."""
+
+    net: Head
+    layout: Layout = eqx.field(static=True)
+
+    def __init__(self, key: PRNGKeyArray, spec: EnvSpec, cfg: WorldModelConfig):
+        self.layout = Layout.of(spec)
+        sensors = sum(stop - start for start, stop in self.layout.sensors)
+        # The constant beside the inputs keeps their size through the first LayerNorm.
+        self.net = Head(key, sensors + spec.action_size + 1, cfg.body_units, _LAYERS, sensors + 3)
+
+    def __call__(
+        self, body: Float[Array, "*n b"], action: Float[Array, "*n A"]
+    ) -> tuple[Float[Array, "*n b"], Float[Array, "*n 3"]]:
+        """Next sensors (symlog), and motion: displacement (0.1 m, in the frame before) and turn (0.1 rad)."""
+        # As the RSSM and the environment do, an action outside [-1, 1] is taken for the nearest inside.
+        action = action / jnp.maximum(1.0, jnp.abs(jax.lax.stop_gradient(action)))
+        out = self.net(jnp.concatenate([body, action, jnp.ones_like(body[..., :1])], -1))
+        return body + out[..., :-3], out[..., -3:]
+
+    def move(self, scene: Scene, action: Float[Array, "*n A"]) -> Scene:
+        """The scene after one agent step; a goal that is reached makes way for the next one."""
+        body, motion = self(scene.body, action)
+        displacement, turn = _MOTION_UNIT * motion[..., :2], heading_of(_MOTION_UNIT * motion[..., 2])
+
+        def seen(objects: Array, displacement: Array, turn: Array) -> Array:
+            return rotate(objects - displacement, opposite(turn))
+
+        task = self.layout.task
+        goal = seen(scene.goal, displacement, turn)
+        reached = within(goal, task.radius)
+        reward = task.per_metre * (distance(scene.goal) - distance(goal)) + task.bonus * reached
+        goal = jnp.where((jax.lax.stop_gradient(reached) > 0)[..., None], scene.next_goal, goal)
+        hazards = seen(scene.hazards, displacement[..., None, :], turn[..., None, :])
+        return Scene(body, goal, hazards, scene.next_goal, reward)
+
+    def loss(self, batch: Batch) -> Float[Array, "B T-1"]:
+        """Squared errors of sensors and motion in windows [B, T], predicted from their first step on.
+
+        Predictions start anew with every episode. Errors above 10 units pull no harder than 10 (Huber).
+        """
+        layout, vector = self.layout, batch[VECTOR]
+        body, first = layout.body(vector), batch["is_first"]
+        displacement, angle = relative_motion(_take(vector, layout.position), _take(vector, layout.rotation))
+        motion = jnp.concatenate([displacement, angle[..., None]], -1) / _MOTION_UNIT
+
+        def step(predicted: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            seen, starts, action = inputs
+            body, motion = self(jnp.where(starts[:, None], seen, predicted), action)
+            return body, (body, motion)
+
+        inputs = (body[:, :-1], first[:, :-1], batch["action"][:, :-1])
+        _, found = jax.lax.scan(step, body[:, 0], jax.tree.map(lambda x: x.swapaxes(0, 1), inputs))
+        bodies, motions = (x.swapaxes(0, 1) for x in found)
+        error = _huber(bodies - body[:, 1:]).sum(-1) + _huber(motions - motion).sum(-1)
+        return jnp.where(first[:, 1:], 0.0, error)
+
+
+class Observed(NamedTuple):
+    """What filtering a batch gives where there is no latent."""
+
+    latents: Latent  # [B, T, 0]
+
+
+class SceneModel(eqx.Module):
+    """A world model without a latent state: the scene is all it knows, and the robot's motion all it learns.
+
+    The interface of `WorldModel`, as far as behaviour is concerned, with latents of size zero. Episodes end
+    by their time limit alone, as in all tasks that observe a goal.
+    """
+
+    obs_keys: ClassVar = (VECTOR,)
+    body: Body
+
+    def __init__(self, key: PRNGKeyArray, spec: EnvSpec, cfg: WorldModelConfig):
+        self.body = Body(key, spec, cfg)
+
+    def initial(self, *batch: int) -> Latent:
+        return Latent(jnp.zeros((*batch, 0)), jnp.zeros((*batch, 0, 0)))
+
+    def noise(self, key: PRNGKeyArray, *batch: int) -> Float[Array, "*batch 0"]:
+        return jnp.zeros((*batch, 0))
+
+    def filter(
+        self, latent: Latent, action: Array, is_first: Array, obs: Obs, uniform: Array | None
+    ) -> Latent:
+        return latent
+
+    def imagine(self, latent: Latent, action: Array, uniform: Array | None) -> Latent:
+        return latent
+
+    def cont(self, latent: Latent) -> Bernoulli:
+        """Certain to go on."""
+        return Bernoulli(jnp.full(latent.deter.shape[:-1], jnp.inf))
+
+    def loss(self, batch: Batch, key: PRNGKeyArray) -> tuple[Array, tuple[Observed, dict[str, Array]]]:
+        """As `WorldModel.loss`: the mean error of the motion."""
+        loss = self.body.loss(batch).mean()
+        return loss, (Observed(self.initial(*batch["is_first"].shape)), {"loss/motion": loss})
+
+
+def _huber(error: Array) -> Array:
+    size = jnp.minimum(jnp.abs(error), _MOST_ERROR)
+    return size * (2 * jnp.abs(error) - size)
+
+
+def _take(vector: Float[Array, "*n O"], part: Slice) -> Float[Array, "*n k"]:
+    return vector[..., part[0] : part[1]]
