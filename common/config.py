@@ -243,6 +243,8 @@ class PlannerConfig:
     """Planned agent steps."""
     init_std: float = 1.0
     """Standard deviation of the first iteration."""
+    correlation: float = 0.0
+    """Of the noise of two consecutive actions of a candidate (ours; published: 0)."""
     momentum: float = 0.1
     """Share of the old mean kept in every iteration."""
     temperature: float = 0.0
@@ -652,6 +654,7 @@ _SHARES = {
     "behavior.lambda_",
     "behavior.slow_rate",
     "behavior.moments_decay",
+    "planner.correlation",
     "planner.momentum",
     "safety.pid.cost_decay",
     "world_model.unimix",
@@ -674,6 +677,7 @@ _MAY_BE_ZERO = {
     "behavior.moments_decay",
     "safety.cost_limit",
     "safety.actor_radius",
+    "planner.correlation",
     "planner.momentum",
     "planner.mixture_coef",
     "planner.exploration",

@@ -5,6 +5,7 @@ Source: SafeDreamer, alg. 1 and section 5.1, with the named deviations of ALGORI
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ def plan(
 
     def iterate(search: _Search) -> _Search:
         key_noise, key_score = jax.random.split(keys[search.iteration])
-        noise = jax.random.normal(key_noise, (cfg.samples, *search.mean.shape))
+        noise = correlated_noise(key_noise, (cfg.samples, *search.mean.shape), cfg.correlation)
         drawn = jnp.clip(search.mean + search.std * noise, -1.0, 1.0)
         candidates = jnp.concatenate([proposals, drawn])
         scores = score(candidates, key_score)
@@ -111,6 +112,27 @@ class _Search(NamedTuple):
     std: Float[Array, "H+1 A"]
     moved: Float[Array, ""]  # the mean, root mean square of its last change
     stats: dict[str, Float[Array, ""]]
+
+
+def correlated_noise(
+    key: PRNGKeyArray, shape: tuple[int, ...], correlation: float
+) -> Float[Array, "S H+1 A"]:
+    """Standard normal noise, consecutive rows of a sequence correlated (**ours**; iCEM colours it likewise).
+
+    n_t = rho n_{t-1} + sqrt(1 - rho^2) e_t: independent noise averages out over a plan, this leads somewhere.
+    """
+    noise = jax.random.normal(key, shape)
+    if not correlation:
+        return noise
+    fresh = math.sqrt(1 - correlation**2)
+
+    def step(last: Array, drawn: Array) -> tuple[Array, Array]:
+        following = correlation * last + fresh * drawn
+        return following, following
+
+    drawn = noise.swapaxes(0, 1)
+    _, later = jax.lax.scan(step, drawn[0], drawn[1:])
+    return jnp.concatenate([drawn[:1], later]).swapaxes(0, 1)
 
 
 def elite_indices(
