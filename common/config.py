@@ -223,8 +223,6 @@ class SafetyConfig:
     """Limit b on the cost (per imagined return, plan or episode: see the method)."""
     hazard_radius: float = 0.25
     """Geometric and tracked cost: a hazard nearer than this (m) costs 1."""
-    actor_radius: float = 0.0
-    """The same for the actor's constraint (ours); 0: as `hazard_radius`."""
     augmented: AugmentedConfig = field(default_factory=AugmentedConfig)
     pid: PidConfig = field(default_factory=PidConfig)
 
@@ -676,7 +674,6 @@ _MAY_BE_ZERO = {
     "behavior.lambda_",
     "behavior.moments_decay",
     "safety.cost_limit",
-    "safety.actor_radius",
     "planner.correlation",
     "planner.momentum",
     "planner.mixture_coef",

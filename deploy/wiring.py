@@ -33,7 +33,7 @@ from learner.cost_model import (
     look_at,
     look_away,
     scene_features,
-    tracked_hazards,
+    tracked_obstacles,
     tracked_reward,
 )
 from learner.lagrange import Constraint, augmented, pid, pid_penalty, unconstrained
@@ -75,7 +75,7 @@ COST_MODELS: dict[str, Callable[[SafetyConfig, EnvSpec], SignalModel]] = {
     "none": lambda safety, spec: free_of_cost,
     "learned": lambda safety, spec: learned_cost,
     "geometric": _geometric,
-    "tracked": lambda safety, spec: tracked_hazards(safety.hazard_radius),
+    "tracked": lambda safety, spec: tracked_obstacles(safety.hazard_radius),
 }
 
 
@@ -199,7 +199,7 @@ def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
         spec=spec,
         cfg=cfg,
         constraint=_constraint(safety),
-        cost_model=COST_MODELS[safety.cost_model](_for_actor(safety), spec),
+        cost_model=COST_MODELS[safety.cost_model](safety, spec),
         learn_cost=learn_cost,
         # As published, every method with a learned cost has a cost critic, OSRP-Vector has none.
         value_cost=learn_cost or safety.constraint != "none" or safety.penalty != "none",
@@ -208,10 +208,6 @@ def train_step(cfg: Config, spec: EnvSpec) -> TrainStep:
         look=tracking.look,
         reward_model=tracking.reward,
     )
-
-
-def _for_actor(safety: SafetyConfig) -> SafetyConfig:
-    return dataclasses.replace(safety, hazard_radius=safety.actor_radius or safety.hazard_radius)
 
 
 def policy(cfg: Config, spec: EnvSpec, *, explore: bool) -> Policy:

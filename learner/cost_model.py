@@ -96,9 +96,9 @@ def decoded_hazards(hazards: Slice, radius: float) -> SignalModel:
     return count
 
 
-def tracked_hazards(radius: float) -> SignalModel:
-    """Number of tracked hazards within `radius` metres (**ours**, see `learner.scene`)."""
-    return lambda model, state: count_within(_tracked(state).hazards, radius)
+def tracked_obstacles(radius: float) -> SignalModel:
+    """Number of tracked obstacles within `radius` metres (**ours**, see `learner.scene`)."""
+    return lambda model, state: count_within(_tracked(state).obstacles, radius)
 
 
 def count_within(offsets: Float[Array, "*n objects 2"], radius: float) -> Float[Array, "*n"]:
@@ -118,25 +118,25 @@ class Features(NamedTuple):
 
 LATENT = Features(0, lambda state: state.latent.feat)
 
-_NEAREST = 4  # hazards that an actor is shown
+_NEAREST = 4  # obstacles that an actor is shown
 _PROXIMITY = 0.3  # m, distance over which a proximity decays
 
 
 def scene_features(layout: Layout) -> Features:
-    """`feat` and the scene: sensors, goal and the nearest hazards.
+    """`feat` and the scene: sensors, goal and the nearest obstacles.
 
     **Ours.** A small latent blurs positions by more than a hazard's radius; here an actor knows them exactly
     where it acts, and as exactly as the predicted motion where it imagines. Each object is egocentric x, y
     (m) and exp(-distance / 0.3 m), the goal also its distance and direction. Sorted by distance, the numbers
-    do not depend on the order in which an environment lists its hazards.
+    do not depend on the order in which an environment lists its obstacles.
     """
     shown = min(_NEAREST, layout.objects)
     sensors = sum(stop - start for start, stop in layout.sensors)
 
     def read(state: State) -> Float[Array, "*n F"]:
         scene = _tracked(state)
-        nearest = jax.lax.top_k(-distance(scene.hazards), shown)[1]
-        hazards = _positions(jnp.take_along_axis(scene.hazards, nearest[..., None], -2))
+        nearest = jax.lax.top_k(-distance(scene.obstacles), shown)[1]
+        obstacles = _positions(jnp.take_along_axis(scene.obstacles, nearest[..., None], -2))
         far = distance(scene.goal)[..., None]
         parts = [
             state.latent.feat,
@@ -144,7 +144,7 @@ def scene_features(layout: Layout) -> Features:
             _positions(scene.goal),
             far,
             scene.goal / (far + 1e-3),
-            hazards.reshape(*hazards.shape[:-2], -1),
+            obstacles.reshape(*obstacles.shape[:-2], -1),
             jnp.ones_like(far),  # keeps the size of all these through the first LayerNorm
         ]
         return jnp.concatenate(parts, -1)

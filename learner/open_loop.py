@@ -56,7 +56,9 @@ def open_loop(
     if isinstance(model, WorldModel):
         vector = model.decode_vector(states.latent) if model.decoder.vector is not None else None
         images = model.decode_images(states.latent)
-    hazards = None if states.scene is None else states.scene.hazards
+    hazards = None
+    if states.scene is not None and model.body is not None:
+        hazards = states.scene.obstacles[..., : model.body.layout.hazards, :]
     return Prediction(reward_model(model, states), cost_model(model, states), hazards, vector, images)
 
 

@@ -1,6 +1,6 @@
 """The scene around a robot, as it was really seen and as the robot's own motion changes it (**ours**).
 
-Goals and hazards do not move. Where their positions are observed, imagination starts from where they really
+Goals and obstacles do not move. Where their positions are observed, imagination starts from where they really
 are and predicts only the robot: its sensors, and by how much it moves and turns in its own frame,
 
     (b', d, a) = f(b, action),    o' = R(a)^T (o - d)    for every object o.
@@ -41,7 +41,7 @@ class Scene(NamedTuple):
 
     body: Float[Array, "*n b"]  # symlog of its own sensors
     goal: Float[Array, "*n 2"]
-    hazards: Float[Array, "*n objects 2"]
+    obstacles: Float[Array, "*n objects 2"]  # whatever costs: hazards, then vases
     next_goal: Float[Array, "*n 2"]  # where the goal after this one will appear, as imagined
     reward: Float[Array, "*n"]  # for arriving here; 0 where imagination starts
 
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
     sensors: tuple[Slice, ...]
     goal: Slice
-    hazards: Slice
+    obstacles: tuple[Slice, ...]  # of hazards, and of vases where they cost
     position: Slice
     rotation: Slice
     task: GoalSpec
@@ -63,24 +63,31 @@ class Layout(NamedTuple):
         if spec.goal is None:
             raise KeyError("goal")
         sensors = tuple(at[name] for name in _SENSORS if name in at)
-        return Layout(sensors, at["goal"], at["hazards"], at["position"], at["rotation"], spec.goal)
+        obstacles = (at["hazards"], *([at["vases"]] if "vases" in at else []))
+        return Layout(sensors, at["goal"], obstacles, at["position"], at["rotation"], spec.goal)
 
     @property
     def objects(self) -> int:
-        """Hazards in the task."""
-        return (self.hazards[1] - self.hazards[0]) // 2
+        """Obstacles in the task."""
+        return sum(stop - start for start, stop in self.obstacles) // 2
+
+    @property
+    def hazards(self) -> int:
+        """How many of them, the first ones, are hazards."""
+        start, stop = self.obstacles[0]
+        return (stop - start) // 2
 
     def body(self, vector: Float[Array, "*n O"]) -> Float[Array, "*n b"]:
         return symlog(jnp.concatenate([_take(vector, sensor) for sensor in self.sensors], -1))
 
     def scene(self, vector: Float[Array, "*n O"]) -> Scene:
         """What is seen; the next goal is taken to lie straight ahead, see `imagine_next_goal`."""
-        hazards = _take(vector, self.hazards)
         goal = _take(vector, self.goal)
+        obstacles = jnp.concatenate([_take(vector, part) for part in self.obstacles], -1)
         return Scene(
             self.body(vector),
             goal,
-            hazards.reshape(*hazards.shape[:-1], -1, 2),
+            obstacles.reshape(*obstacles.shape[:-1], -1, 2),
             jnp.zeros_like(goal).at[..., 0].set(self.task.extent),
             jnp.zeros(goal.shape[:-1]),
         )
@@ -128,8 +135,8 @@ class Body(eqx.Module):
         reached = within(goal, task.radius)
         reward = task.per_metre * (distance(scene.goal) - distance(goal)) + task.bonus * reached
         goal = jnp.where((jax.lax.stop_gradient(reached) > 0)[..., None], scene.next_goal, goal)
-        hazards = seen(scene.hazards, displacement[..., None, :], turn[..., None, :])
-        return Scene(body, goal, hazards, scene.next_goal, reward)
+        obstacles = seen(scene.obstacles, displacement[..., None, :], turn[..., None, :])
+        return Scene(body, goal, obstacles, scene.next_goal, reward)
 
     def loss(self, batch: Batch) -> Float[Array, "B T-1"]:
         """Squared errors of sensors and motion in windows [B, T], predicted from their first step on.

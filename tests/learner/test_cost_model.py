@@ -20,7 +20,7 @@ from learner.cost_model import (
     look_away,
     scene_features,
     start_of,
-    tracked_hazards,
+    tracked_obstacles,
     tracked_reward,
 )
 from learner.rssm import Latent
@@ -85,14 +85,14 @@ def test_decoded_hazards_read_their_slice_only() -> None:
 def test_the_tracked_scene_gives_costs_and_rewards() -> None:
     blind: Any = None
     state = State(NOWHERE, scene([[0.1, 0.0], [0.0, 0.2]], reward=0.7))
-    assert float(tracked_hazards(0.25)(blind, state)) == 2.0
-    assert float(tracked_hazards(0.15)(blind, state)) == 1.0
+    assert float(tracked_obstacles(0.25)(blind, state)) == 2.0
+    assert float(tracked_obstacles(0.15)(blind, state)) == 1.0
     assert float(tracked_reward(blind, state)) == pytest.approx(0.7)
 
 
 def test_what_is_not_tracked_cannot_be_counted() -> None:
     with pytest.raises(TypeError, match="carries no scene"):
-        tracked_hazards(0.25)(None, State(NOWHERE, None))
+        tracked_obstacles(0.25)(None, State(NOWHERE, None))
 
 
 def test_learned_reward_is_the_mean_of_the_head() -> None:
@@ -118,7 +118,7 @@ def test_latent_and_scene_go_on_together() -> None:
     assert state.scene is not None
     assert following.scene is not None
     moved = model.body.move(state.scene, ACTION)
-    np.testing.assert_array_equal(following.scene.hazards, moved.hazards)
+    np.testing.assert_array_equal(following.scene.obstacles, moved.obstacles)
 
 
 def test_a_scene_alone_goes_on_without_a_latent() -> None:
@@ -154,7 +154,7 @@ def test_next_goals_are_drawn_where_imagination_starts() -> None:
 def test_the_scene_is_shown_with_its_nearest_hazards_in_order() -> None:
     hazards = np.array([[3.0, 0.0], [0.0, 0.3], [9.0, 9.0], [-1.0, 0.0], [0.0, -2.0]], np.float32)
     features = scene_features(LAYOUT)  # of two hazards
-    many = scene_features(LAYOUT._replace(hazards=(5, 15)))
+    many = scene_features(LAYOUT._replace(obstacles=((5, 9), (9, 15))))
 
     def shown(order: list[int]) -> np.ndarray:
         around = scene(hazards[order], goal=(0.0, 0.6))._replace(body=jnp.array([1.0, 2.0, 3.0]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.types import ArraySpec
-from learner.cost_model import State, learned_cost, look_at, look_away, tracked_hazards, tracked_reward
+from learner.cost_model import State, learned_cost, look_at, look_away, tracked_obstacles, tracked_reward
 from learner.open_loop import open_loop
 from learner.scene import Layout, SceneModel
 from learner.world_model import WorldModel
@@ -61,7 +61,7 @@ def test_a_tracked_scene_starts_where_it_was_last_seen(latent: bool) -> None:
     model: Any = build(SCENE, learn_cost=False, learn_motion=True)
     if not latent:
         model = filled(lambda: SceneModel(jax.random.PRNGKey(0), SCENE, MODEL))
-    count = tracked_hazards(2.0)
+    count = tracked_obstacles(2.0)
     predicted = open_loop(model, count, look_at(layout), data, CONTEXT, tracked_reward)
     assert predicted.hazards is not None
     true = vector[..., 5:9].reshape(2, 7, 2, 2)
@@ -74,7 +74,7 @@ def test_a_tracked_scene_starts_where_it_was_last_seen(latent: bool) -> None:
         np.testing.assert_allclose(predicted.reward[:, t], scene.reward, **CLOSE)
         if t < CONTEXT:
             scene = layout.scene(data["vector"][:, t])
-        np.testing.assert_allclose(predicted.hazards[:, t], scene.hazards, **CLOSE)
+        np.testing.assert_allclose(predicted.hazards[:, t], scene.obstacles, **CLOSE)
         cost = count(model, State(model.initial(2), scene))
         np.testing.assert_array_equal(predicted.cost[:, t], cost)
 

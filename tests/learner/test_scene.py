@@ -33,9 +33,9 @@ class Moving:
         return body + 1, self._motion
 
 
-def move(motion: tuple[float, float, float], goal: Any, hazards: Any = ((9.0, 9.0),)) -> Scene:
+def move(motion: tuple[float, float, float], goal: Any, obstacles: Any = ((9.0, 9.0),)) -> Scene:
     body: Any = Moving(*motion)
-    scene = Scene(jnp.zeros(3), jnp.array(goal), jnp.array(hazards), jnp.array([5.0, 6.0]), jnp.zeros(()))
+    scene = Scene(jnp.zeros(3), jnp.array(goal), jnp.array(obstacles), jnp.array([5.0, 6.0]), jnp.zeros(()))
     return Body.move(body, scene, ACTION)
 
 
@@ -47,9 +47,16 @@ def test_the_scene_is_read_out_of_the_observation() -> None:
     scene = LAYOUT.scene(vector)
     np.testing.assert_allclose(scene.body, symlog(jnp.array([-4.0, -3.0, -2.0])))
     np.testing.assert_array_equal(scene.goal, [-1, 0])
-    np.testing.assert_array_equal(scene.hazards, [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(scene.obstacles, [[1, 2], [3, 4]])
     assert float(scene.reward) == 0.0
-    assert LAYOUT.objects == 2
+    assert LAYOUT.objects == LAYOUT.hazards == 2
+
+
+def test_vases_that_cost_are_obstacles_too() -> None:
+    slices = dict(SCENE.slices) | {"hazards": (5, 7), "vases": (7, 9)}
+    layout = Layout.of(dataclasses.replace(SCENE, slices=slices))
+    np.testing.assert_array_equal(layout.scene(jnp.arange(13.0)).obstacles, [[5, 6], [7, 8]])
+    assert (layout.objects, layout.hazards) == (2, 1)
 
 
 @pytest.mark.parametrize("missing", ["goal", "hazards", "position"])
@@ -77,9 +84,9 @@ def test_a_scene_needs_to_know_what_the_task_pays() -> None:
     ],
 )
 def test_objects_pass_by_as_the_robot_moves(motion: Any, place: Any, expected: Any) -> None:
-    moved = move(motion, goal=place, hazards=[place, (1.0, 1.0)])
+    moved = move(motion, goal=place, obstacles=[place, (1.0, 1.0)])
     np.testing.assert_allclose(moved.goal, expected, atol=1e-6)
-    np.testing.assert_allclose(moved.hazards[0], expected, atol=1e-6)
+    np.testing.assert_allclose(moved.obstacles[0], expected, atol=1e-6)
     np.testing.assert_array_equal(moved.body, 1)
 
 

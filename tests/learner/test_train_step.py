@@ -16,7 +16,7 @@ from learner.cost_model import (
     learned_cost,
     look_at,
     scene_features,
-    tracked_hazards,
+    tracked_obstacles,
     tracked_reward,
 )
 from learner.lagrange import Constraint, augmented, augmented_update, unconstrained
@@ -221,7 +221,7 @@ def test_a_method_that_tracks_the_scene_learns_motion(latent: bool) -> None:
         SCENE,
         dataclasses.replace(CONFIG, world_model=dataclasses.replace(MODEL, latent=latent)),
         CONSTRAINT,
-        tracked_hazards(0.25),
+        tracked_obstacles(0.25),
         learn_cost=False,
         value_cost=True,
         shared=Shared(False, False),
