@@ -284,7 +284,7 @@ class EvaluationConfig:
     """Env steps between two evaluations; 0 evaluates only at the end."""
     episodes: int = 5
     """Episodes per evaluation during training."""
-    final_episodes: int = 10
+    final_episodes: int = 20
     """Episodes of the evaluation at the end of the run."""
     seed: int = 0
     """Seed of the evaluation layouts (never used in training)."""

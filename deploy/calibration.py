@@ -100,6 +100,8 @@ def _errors(spec: EnvSpec, batch: Batch, prediction: Prediction) -> list[float |
         off = np.take_along_axis(np.linalg.norm(believed - true, axis=-1), nearest, -1)[..., 0]
         near = distance.min(-1) < _NEAR
         return [float(off[near[:, t], t].mean()) if near[:, t].any() else None for t in at]
+    if prediction.vector is None and not prediction.images:
+        return [None] * len(STEPS)
     if prediction.vector is not None:
         error = np.square(np.asarray(prediction.vector) - batch[VECTOR]).mean((0, 2))
     else:

@@ -88,7 +88,7 @@ class Tracking(NamedTuple):
 
 
 def _track_scene(spec: EnvSpec) -> Tracking:
-    _slices(spec, "hazards", "goal", "position", "rotation")
+    _slices(spec, "goal", "position", "rotation")
     layout = Layout.of(spec)
     return Tracking(scene_features(layout), look_at(layout), tracked_reward)
 

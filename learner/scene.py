@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
     sensors: tuple[Slice, ...]
     goal: Slice
-    obstacles: tuple[Slice, ...]  # of hazards, and of vases where they cost
+    obstacles: tuple[Slice, ...]  # of hazards and vases, as far as a task has them and they cost
     position: Slice
     rotation: Slice
     task: GoalSpec
@@ -63,7 +63,7 @@ class Layout(NamedTuple):
         if spec.goal is None:
             raise KeyError("goal")
         sensors = tuple(at[name] for name in _SENSORS if name in at)
-        obstacles = (at["hazards"], *([at["vases"]] if "vases" in at else []))
+        obstacles = tuple(at[name] for name in ("hazards", "vases") if name in at)
         return Layout(sensors, at["goal"], obstacles, at["position"], at["rotation"], spec.goal)
 
     @property
@@ -74,8 +74,7 @@ class Layout(NamedTuple):
     @property
     def hazards(self) -> int:
         """How many of them, the first ones, are hazards."""
-        start, stop = self.obstacles[0]
-        return (stop - start) // 2
+        return (self.obstacles[0][1] - self.obstacles[0][0]) // 2 if self.obstacles else 0
 
     def body(self, vector: Float[Array, "*n O"]) -> Float[Array, "*n b"]:
         return symlog(jnp.concatenate([_take(vector, sensor) for sensor in self.sensors], -1))
@@ -83,7 +82,7 @@ class Layout(NamedTuple):
     def scene(self, vector: Float[Array, "*n O"]) -> Scene:
         """What is seen; the next goal is taken to lie straight ahead, see `imagine_next_goal`."""
         goal = _take(vector, self.goal)
-        obstacles = jnp.concatenate([_take(vector, part) for part in self.obstacles], -1)
+        obstacles = jnp.concatenate([vector[..., :0], *(_take(vector, part) for part in self.obstacles)], -1)
         return Scene(
             self.body(vector),
             goal,

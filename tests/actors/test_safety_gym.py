@@ -8,7 +8,7 @@ import pytest
 from actors import tasks
 from actors.compat import mujoco, safety_gymnasium
 from actors.safety_gym import env_spec, make_env
-from common.types import VECTOR, UserError
+from common.types import VECTOR, GoalSpec, UserError
 
 
 def rollout(env, actions, seed=None):
@@ -91,6 +91,9 @@ def test_coordinates_spec_of_other_goal_tasks(task, widths):
     assert {name: stop - start for name, (start, stop) in spec.slices.items()} == expected
     assert list(spec.slices) == list(expected)
     assert spec.obs[VECTOR].shape == (sum(expected.values()),)
+    extent = {"0": 1.0, "1": 1.5, "2": 2.0}[task.removesuffix("-v0")[-1]]
+    assert spec.goal == GoalSpec(radius=0.3, bonus=1.0, per_metre=1.0, extent=extent)
+    assert env_spec(task, "lidar", 1).goal is None
 
 
 def test_objects_appear_at_the_right_egocentric_coordinates():

@@ -236,7 +236,7 @@ def test_paper_presets_hold_the_published_figures(method, observation, figures):
 
 def test_a_task_may_name_its_default_method(tmp_path):
     assert load().method == "osrp_tracked"
-    assert load(task="SafetyPointGoal0-v0").method == load(task=VELOCITY).method == "bsrp_pid"
+    assert load(task="SafetyPointButton1-v0").method == load(task=VELOCITY).method == "bsrp_pid"
     assert load(method="osrp", task=GOAL).method == "osrp"
     (tmp_path / "file.yaml").write_text("method: bsrp_pid")  # although it is the general default
     assert load(task=GOAL, files=[tmp_path / "file.yaml"]).method == "bsrp_pid"

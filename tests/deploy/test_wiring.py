@@ -13,6 +13,8 @@ from actors.evaluate import evaluation_seeds
 from common.config import Config, EnvConfig, SafetyConfig, load, merge, presets
 from common.types import EnvSpec, UserError, replay_spec
 from deploy import wiring
+from learner.scene import SceneModel
+from learner.world_model import WorldModel
 from tests.synthetic import LineEnv, line_spec
 
 GOAL, VELOCITY = "SafetyPointGoal1-v0", "SafetyHopperVelocity-v1"
@@ -107,10 +109,25 @@ def test_vision_without_opengl_is_refused(monkeypatch):
         wiring.spec_of(merge(load("bsrp_lag", "nano", GOAL), {"env": {"observation": "vision"}}, "test"))
 
 
-@pytest.mark.parametrize("cost_model", ["geometric", "tracked"])
-def test_hazards_must_be_observed_to_be_counted(cost_model):
+def test_a_scene_may_have_no_hazards():
+    """Level 0 of a Goal task: nothing costs, and the goal is tracked all the same."""
+    cfg = load(None, "nano", "SafetyPointGoal0-v0")
+    spec = wiring.spec_of(cfg)
+    assert cfg.safety.cost_model == "tracked"
+    train = wiring.train_step(cfg, spec)
+    jax.eval_shape(train.step, jax.eval_shape(train.init, 0), batch_of(cfg, spec))
+
+
+def test_a_latent_is_learned_where_cameras_see():
+    for observation, kind in (("coordinates", SceneModel), ("vision+coordinates", WorldModel)):
+        cfg = load("osrp_tracked", "nano", GOAL, observation=observation)
+        train = wiring.train_step(cfg, wiring.spec_of(load("osrp_tracked", "nano", GOAL)))
+        assert isinstance(jax.eval_shape(train.init, 0).model, kind)
+
+
+def test_hazards_must_be_observed_to_be_counted():
     cfg = merge(
-        load("dreamerv3", "nano", "SafetyPointGoal0-v0"), {"safety": {"cost_model": cost_model}}, "test"
+        load("dreamerv3", "nano", "SafetyPointGoal0-v0"), {"safety": {"cost_model": "geometric"}}, "test"
     )
     with pytest.raises(UserError, match=r"SafetyPointGoal0-v0 observes no hazards.*cost_model learned"):
         wiring.train_step(cfg, wiring.spec_of(cfg))

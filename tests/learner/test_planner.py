@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from common.config import PlannerConfig
 from learner.actor_critic import Actor, Critic
 from learner.cost_model import State, learned_cost
-from learner.planner import Plan, Scores, actor_proposals, elite_indices, model_score, plan, shift
+from learner.planner import (
+    Plan,
+    Scores,
+    actor_proposals,
+    correlated_noise,
+    elite_indices,
+    model_score,
+    plan,
+    shift,
+)
 from learner.returns import lambda_return
 from learner.world_model import WorldModel
 from tests.learner.tiny import BEHAVIOR, FEAT, MODEL, PLANNER, SPEC, filled
@@ -248,3 +257,22 @@ def test_proposals_are_the_actors(model: WorldModel, start: State) -> None:
     np.testing.assert_allclose(sequences[:, 0].mean(0), expected.mean(0), atol=0.15)
     np.testing.assert_allclose(sequences[:, 0].std(0), expected.std(0), atol=0.15)
     assert actor_proposals(model, actor, start, 0, 3, KEY).shape == (0, 4, 2)
+
+
+# --- correlated noise ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.6, 0.9])
+def test_noise_is_correlated_along_a_sequence_alone(correlation: float) -> None:
+    noise = np.asarray(correlated_noise(KEY, (20_000, 4, 2), correlation))
+    np.testing.assert_allclose(noise.std(0), 1.0, atol=0.02)
+    for lag in (1, 2, 3):
+        found = (noise[:, 0] * noise[:, lag]).mean(0)
+        np.testing.assert_allclose(found, correlation**lag, atol=0.03)
+    across = (noise[:, 0, 0] * noise[:, 0, 1]).mean(), (noise[1:, 0] * noise[:-1, 0]).mean()
+    np.testing.assert_allclose(across, 0.0, atol=0.03)
+
+
+def test_uncorrelated_noise_is_the_published_one() -> None:
+    drawn = correlated_noise(KEY, (3, 4, 2), 0.0)
+    np.testing.assert_array_equal(drawn, jax.random.normal(KEY, (3, 4, 2)))

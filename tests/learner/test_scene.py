@@ -57,9 +57,11 @@ def test_vases_that_cost_are_obstacles_too() -> None:
     layout = Layout.of(dataclasses.replace(SCENE, slices=slices))
     np.testing.assert_array_equal(layout.scene(jnp.arange(13.0)).obstacles, [[5, 6], [7, 8]])
     assert (layout.objects, layout.hazards) == (2, 1)
+    empty = Layout.of(dataclasses.replace(SCENE, slices={**SCENE.slices, "hazards": (5, 5)}))
+    assert empty.scene(jnp.arange(13.0)).obstacles.shape == (0, 2)
 
 
-@pytest.mark.parametrize("missing", ["goal", "hazards", "position"])
+@pytest.mark.parametrize("missing", ["goal", "position", "rotation"])
 def test_what_makes_a_scene_must_be_observed(missing: str) -> None:
     slices = {name: part for name, part in SCENE.slices.items() if name != missing}
     with pytest.raises(KeyError, match=missing):
