@@ -135,8 +135,11 @@ def scene_features(layout: Layout) -> Features:
 
     def read(state: State) -> Float[Array, "*n F"]:
         scene = _tracked(state)
-        nearest = jax.lax.top_k(-distance(scene.obstacles), shown)[1]
-        obstacles = _positions(jnp.take_along_axis(scene.obstacles, nearest[..., None], -2))
+        obstacles = scene.obstacles
+        if shown:
+            nearest = jax.lax.top_k(-distance(obstacles), shown)[1]
+            obstacles = jnp.take_along_axis(obstacles, nearest[..., None], -2)
+        obstacles = _positions(obstacles)
         far = distance(scene.goal)[..., None]
         parts = [
             state.latent.feat,
