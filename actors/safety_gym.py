@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy as np
 from actors import compat, fast_env, fast_reset, rendering, tasks
 from actors.cameras import OutsideView, Vision
 from actors.observations import Coordinates, Lidar, Observation, Slices
-from common.types import VECTOR, ArraySpec, EnvSpec, GoalSpec
+from common.types import VECTOR, ArraySpec, EnvSpec, SceneSpec
+
+_ENV_STEP = 0.02  # s, ten simulator steps of 2 ms in every navigation task
 
 _safety_gymnasium = compat.safety_gymnasium()
 
@@ -37,7 +39,7 @@ class _Simulator(Protocol):
     high: np.ndarray
     obs: dict[str, ArraySpec]
     slices: Slices
-    goal: GoalSpec | None
+    scene: SceneSpec | None
 
     def reset(self, seed: int | None) -> None: ...
 
@@ -60,7 +62,7 @@ _STATES: dict[str, Callable[[Any, fast_env.Lookup], Observation]] = {
 class _Navigation:
     """A navigation task."""
 
-    def __init__(self, task: str, observation: str, cameras: tuple[str, ...], render: bool):
+    def __init__(self, task: str, observation: str, repeat: int, cameras: tuple[str, ...], render: bool):
         # A run leaves the stretch that the fixed camera sees.
         camera = "track" if "Run" in task else "fixedfar"
         self._env: Any = _make(task, render, camera)
@@ -74,7 +76,8 @@ class _Navigation:
         self._vision = Vision(task, self._task, cameras)
         state = {VECTOR: ArraySpec((self._state.size,))} if self._state else {}
         self.obs, self.slices = state | self._vision.spec, self._state.slices if self._state else {}
-        self.goal: GoalSpec | None = _goal(self._task) if "goal" in self.slices else None
+        kinds = {name.removesuffix("_lidar") for name in self.slices}
+        self.scene: SceneSpec | None = _scene(self._task, kinds, repeat * _ENV_STEP)
         if render:
             self._task._viewers["rgb_array"] = OutsideView(task, self._task)
 
@@ -99,10 +102,21 @@ class _Navigation:
         self._env.close()
 
 
-def _goal(task: Any) -> GoalSpec:
-    goal = task.goal
-    extent = float(max(task.placements_conf.extents))
-    return GoalSpec(float(goal.size), float(goal.reward_goal), float(goal.reward_distance), extent)
+def _scene(task: Any, kinds: Iterable[str], env_step: float) -> SceneSpec | None:
+    """Of tasks that pay for the way to a goal alone, where the goal is observed."""
+    if "goal" not in kinds or not hasattr(task, "goal") or hasattr(task, "push_box"):
+        return None
+    payer = getattr(task, "buttons", task.goal)
+    costly = tuple(o.name for o in task._obstacles if o.is_constrained and o.name in kinds)
+    return SceneSpec(
+        radius=float(task.goal.size),
+        bonus=float(payer.reward_goal),
+        per_metre=float(payer.reward_distance),
+        extent=float(max(task.placements_conf.extents)),
+        obstacles=costly,
+        lidar_range=float(task.lidar_conf.max_dist),
+        step_seconds=env_step,
+    )
 
 
 class _Velocity:
@@ -110,7 +124,7 @@ class _Velocity:
 
     def __init__(self, task: str, render: bool):
         self.slices: Slices = {}
-        self.goal: GoalSpec | None = None
+        self.scene: SceneSpec | None = None
         self._env: Any = _make(task, render, camera="track")
         self._limit = tasks.time_limit(task)
         self.low, self.high = self._env.action_space.low, self._env.action_space.high
@@ -169,7 +183,7 @@ class SafetyGymEnv:
         tasks.check_observation(task, observation)
         chosen = tasks.cameras(task, observation, cameras)
         self._sim: _Simulator = (
-            _Navigation(task, observation, chosen, render)
+            _Navigation(task, observation, action_repeat, chosen, render)
             if tasks.is_navigation(task)
             else _Velocity(task, render)
         )
@@ -185,7 +199,7 @@ class SafetyGymEnv:
             action_repeat=action_repeat,
             time_limit=tasks.time_limit(task),
             slices=dict(self._sim.slices),
-            goal=self._sim.goal,
+            scene=self._sim.scene,
         )
 
     def reset(self, seed: int | None = None) -> dict[str, np.ndarray]:

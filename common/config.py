@@ -630,12 +630,16 @@ def _problems(config: Config) -> Iterable[str]:
         yield "safety.penalty and safety.constraint would move one multiplier: choose one of them"
     if not config.world_model.latent and safety.cost_model != "tracked":
         yield "world_model.latent false leaves a scene alone to imagine: it needs safety.cost_model tracked"
-    if safety.cost_model in ("geometric", "tracked") and "coordinates" not in config.env.observation.split(
-        "+"
-    ):
+    sources = config.env.observation.split("+")
+    if safety.cost_model == "geometric" and "coordinates" not in sources:
         yield (
-            f"safety.cost_model {safety.cost_model} reads hazard positions: {config.task} must be observed "
-            "with env.observation coordinates (Goal tasks), or use a method that learns costs (osrp)"
+            f"safety.cost_model geometric reads hazard positions: {config.task} must be observed with "
+            "env.observation coordinates (Goal tasks), or use a method that learns costs (osrp)"
+        )
+    if safety.cost_model == "tracked" and sources == ["vision"]:
+        yield (
+            "safety.cost_model tracked reads where things are: use an env.observation with coordinates or "
+            "lidar, or a method that learns costs (osrp)"
         )
 
 

@@ -33,14 +33,17 @@ class ArraySpec:
 
 
 @dataclass(frozen=True)
-class GoalSpec:
-    """What a Goal task pays: for every metre nearer to the goal, and for being within its radius, whereupon
-    the next one appears."""
+class SceneSpec:
+    """A task with a goal: what it pays for every metre nearer to the goal and for being within its radius,
+    whereupon the next one appears, and how its observation is to be read."""
 
     radius: float  # m
     bonus: float
     per_metre: float
     extent: float  # m, half the arena's width
+    obstacles: tuple[str, ...]  # kinds of objects whose nearness costs
+    lidar_range: float  # m, where a lidar reads 0
+    step_seconds: float  # of an agent step
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class EnvSpec:
     action_repeat: int  # env steps per agent step
     time_limit: int  # env steps per episode
     slices: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    goal: GoalSpec | None = None  # of tasks whose observation says where the goal is
+    scene: SceneSpec | None = None  # of tasks whose observation says where goal and obstacles are
 
 
 def replay_spec(spec: EnvSpec) -> dict[str, ArraySpec]:

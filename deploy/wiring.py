@@ -37,9 +37,9 @@ from learner.cost_model import (
     tracked_reward,
 )
 from learner.lagrange import Constraint, augmented, pid, pid_penalty, unconstrained
+from learner.layout import layout_of
 from learner.open_loop import Prediction, open_loop
 from learner.policy import ActingParams, Choose, actor_choice, make_policy, planner_choice
-from learner.scene import Layout
 from learner.train_step import Shared, TrainStep
 from replay.shards import Sampler, batches
 
@@ -88,8 +88,12 @@ class Tracking(NamedTuple):
 
 
 def _track_scene(spec: EnvSpec) -> Tracking:
-    _slices(spec, "goal", "position", "rotation")
-    layout = Layout.of(spec)
+    if spec.scene is None:
+        raise UserError(
+            f"{spec.task} observes no goal and obstacles to track with safety.cost_model tracked; use "
+            "safety.cost_model learned"
+        )
+    layout = layout_of(spec)
     return Tracking(scene_features(layout), look_at(layout), tracked_reward)
 
 

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from common.types import VECTOR
 from learner.codec import Obs
 from learner.geometry import distance, within
+from learner.layout import Layout
 from learner.rssm import Latent
-from learner.scene import Layout, Scene, imagine_next_goal
+from learner.scene import Scene, imagine_next_goal, seen
 from learner.world_model import Model, WorldModel
 
 Slice = tuple[int, int]  # (start, stop) in the state observation, from `EnvSpec.slices`
@@ -40,7 +41,7 @@ def look_away(obs: Obs) -> None:
 
 def look_at(layout: Layout) -> Look:
     """Reads the scene out of a state observation."""
-    return lambda obs: layout.scene(obs[VECTOR])
+    return lambda obs: seen(layout, obs[VECTOR])
 
 
 def start_of(model: Model, state: State, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> State:
@@ -118,7 +119,6 @@ class Features(NamedTuple):
 
 LATENT = Features(0, lambda state: state.latent.feat)
 
-_NEAREST = 4  # obstacles that an actor is shown
 _PROXIMITY = 0.3  # m, distance over which a proximity decays
 
 
@@ -130,7 +130,7 @@ def scene_features(layout: Layout) -> Features:
     (m) and exp(-distance / 0.3 m), the goal also its distance and direction. Sorted by distance, the numbers
     do not depend on the order in which an environment lists its obstacles.
     """
-    shown = min(_NEAREST, layout.objects)
+    shown = layout.shown
     sensors = sum(stop - start for start, stop in layout.sensors)
 
     def read(state: State) -> Float[Array, "*n F"]:

@@ -1,7 +1,7 @@
 """The scene around a robot, as it was really seen and as the robot's own motion changes it (**ours**).
 
-Goals and obstacles do not move. Where their positions are observed, imagination starts from where they really
-are and predicts only the robot: its sensors, and by how much it moves and turns in its own frame,
+Goals and obstacles do not move. Where an observation tells where they are, imagination starts from there and
+predicts only the robot: its sensors, and by how much it moves and turns in its own frame,
 
     (b', d, a) = f(b, action),    o' = R(a)^T (o - d)    for every object o.
 
@@ -21,16 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from common.config import WorldModelConfig
-from common.types import VECTOR, Batch, EnvSpec, GoalSpec
+from common.types import VECTOR, Batch, EnvSpec, SceneSpec
 from learner.codec import Obs
 from learner.distributions import Bernoulli
-from learner.geometry import distance, heading_of, opposite, relative_motion, rotate, within
-from learner.layers import Head, symlog
+from learner.geometry import distance, heading_of, opposite, rotate, within
+from learner.layers import Head
+from learner.layout import Layout, body_of, layout_of
 from learner.rssm import Latent
 
-Slice = tuple[int, int]  # (start, stop) in the state observation, from `EnvSpec.slices`
-
-_SENSORS = ("velocimeter", "accelerometer", "gyro", "joints")  # of the robot itself, whatever is around it
 _MOTION_UNIT = 0.1  # m and rad: what a robot moves and turns in an agent step, about
 _LAYERS = 2
 _MOST_ERROR = 10.0  # a collision is not in the sensors: larger errors pull no harder than this one
@@ -46,53 +44,16 @@ class Scene(NamedTuple):
     reward: Float[Array, "*n"]  # for arriving here; 0 where imagination starts
 
 
-class Layout(NamedTuple):
-    """Where a state observation holds what a scene is made of."""
-
-    sensors: tuple[Slice, ...]
-    goal: Slice
-    obstacles: tuple[Slice, ...]  # of hazards and vases, as far as a task has them and they cost
-    position: Slice
-    rotation: Slice
-    task: GoalSpec
-
-    @staticmethod
-    def of(spec: EnvSpec) -> Layout:
-        """Raises KeyError where the task does not observe one of them."""
-        at = spec.slices
-        if spec.goal is None:
-            raise KeyError("goal")
-        sensors = tuple(at[name] for name in _SENSORS if name in at)
-        obstacles = tuple(at[name] for name in ("hazards", "vases") if name in at)
-        return Layout(sensors, at["goal"], obstacles, at["position"], at["rotation"], spec.goal)
-
-    @property
-    def objects(self) -> int:
-        """Obstacles in the task."""
-        return sum(stop - start for start, stop in self.obstacles) // 2
-
-    @property
-    def hazards(self) -> int:
-        """How many of them, the first ones, are hazards."""
-        return (self.obstacles[0][1] - self.obstacles[0][0]) // 2 if self.obstacles else 0
-
-    def body(self, vector: Float[Array, "*n O"]) -> Float[Array, "*n b"]:
-        return symlog(jnp.concatenate([_take(vector, sensor) for sensor in self.sensors], -1))
-
-    def scene(self, vector: Float[Array, "*n O"]) -> Scene:
-        """What is seen; the next goal is taken to lie straight ahead, see `imagine_next_goal`."""
-        goal = _take(vector, self.goal)
-        obstacles = jnp.concatenate([vector[..., :0], *(_take(vector, part) for part in self.obstacles)], -1)
-        return Scene(
-            self.body(vector),
-            goal,
-            obstacles.reshape(*obstacles.shape[:-1], -1, 2),
-            jnp.zeros_like(goal).at[..., 0].set(self.task.extent),
-            jnp.zeros(goal.shape[:-1]),
-        )
+def seen(layout: Layout, vector: Float[Array, "*n O"]) -> Scene:
+    """The scene of an observation; the next goal is taken to lie straight ahead, see `imagine_next_goal`."""
+    goal = layout.goal_of(vector)
+    ahead = jnp.zeros_like(goal).at[..., 0].set(layout.task.extent)
+    return Scene(
+        body_of(layout, vector), goal, layout.obstacles_of(vector), ahead, jnp.zeros(goal.shape[:-1])
+    )
 
 
-def imagine_next_goal(scene: Scene, task: GoalSpec, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Scene:
+def imagine_next_goal(scene: Scene, task: SceneSpec, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Scene:
     """Scenes of batch `shape` whose next goals lie all around, at 0.4 to 1.6 times half the arena's width."""
     key_angle, key_distance = jax.random.split(key)
     angle = jax.random.uniform(key_angle, shape, maxval=2 * jnp.pi)
@@ -107,7 +68,7 @@ class Body(eqx.Module):
     layout: Layout = eqx.field(static=True)
 
     def __init__(self, key: PRNGKeyArray, spec: EnvSpec, cfg: WorldModelConfig):
-        self.layout = Layout.of(spec)
+        self.layout = layout_of(spec)
         sensors = sum(stop - start for start, stop in self.layout.sensors)
         # The constant beside the inputs keeps their size through the first LayerNorm.
         self.net = Head(key, sensors + spec.action_size + 1, cfg.body_units, _LAYERS, sensors + 3)
@@ -126,15 +87,15 @@ class Body(eqx.Module):
         body, motion = self(scene.body, action)
         displacement, turn = _MOTION_UNIT * motion[..., :2], heading_of(_MOTION_UNIT * motion[..., 2])
 
-        def seen(objects: Array, displacement: Array, turn: Array) -> Array:
+        def moved(objects: Array, displacement: Array, turn: Array) -> Array:
             return rotate(objects - displacement, opposite(turn))
 
         task = self.layout.task
-        goal = seen(scene.goal, displacement, turn)
+        goal = moved(scene.goal, displacement, turn)
         reached = within(goal, task.radius)
         reward = task.per_metre * (distance(scene.goal) - distance(goal)) + task.bonus * reached
         goal = jnp.where((jax.lax.stop_gradient(reached) > 0)[..., None], scene.next_goal, goal)
-        obstacles = seen(scene.obstacles, displacement[..., None, :], turn[..., None, :])
+        obstacles = moved(scene.obstacles, displacement[..., None, :], turn[..., None, :])
         return Scene(body, goal, obstacles, scene.next_goal, reward)
 
     def loss(self, batch: Batch) -> Float[Array, "B T-1"]:
@@ -142,14 +103,14 @@ class Body(eqx.Module):
 
         Predictions start anew with every episode. Errors above 10 units pull no harder than 10 (Huber).
         """
-        layout, vector = self.layout, batch[VECTOR]
-        body, first = layout.body(vector), batch["is_first"]
-        displacement, angle = relative_motion(_take(vector, layout.position), _take(vector, layout.rotation))
+        vector, first = batch[VECTOR], batch["is_first"]
+        body = body_of(self.layout, vector)
+        displacement, angle = self.layout.motion(vector)
         motion = jnp.concatenate([displacement, angle[..., None]], -1) / _MOTION_UNIT
 
         def step(predicted: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            seen, starts, action = inputs
-            body, motion = self(jnp.where(starts[:, None], seen, predicted), action)
+            true, starts, action = inputs
+            body, motion = self(jnp.where(starts[:, None], true, predicted), action)
             return body, (body, motion)
 
         inputs = (body[:, :-1], first[:, :-1], batch["action"][:, :-1])
@@ -205,7 +166,3 @@ class SceneModel(eqx.Module):
 def _huber(error: Array) -> Array:
     size = jnp.minimum(jnp.abs(error), _MOST_ERROR)
     return size * (2 * jnp.abs(error) - size)
-
-
-def _take(vector: Float[Array, "*n O"], part: Slice) -> Float[Array, "*n k"]:
-    return vector[..., part[0] : part[1]]

@@ -8,7 +8,7 @@ import pytest
 from actors import tasks
 from actors.compat import mujoco, safety_gymnasium
 from actors.safety_gym import env_spec, make_env
-from common.types import VECTOR, GoalSpec, UserError
+from common.types import VECTOR, SceneSpec, UserError
 
 
 def rollout(env, actions, seed=None):
@@ -92,8 +92,32 @@ def test_coordinates_spec_of_other_goal_tasks(task, widths):
     assert list(spec.slices) == list(expected)
     assert spec.obs[VECTOR].shape == (sum(expected.values()),)
     extent = {"0": 1.0, "1": 1.5, "2": 2.0}[task.removesuffix("-v0")[-1]]
-    assert spec.goal == GoalSpec(radius=0.3, bonus=1.0, per_metre=1.0, extent=extent)
-    assert env_spec(task, "lidar", 1).goal is None
+    obstacles = tuple(name for name in ("hazards", "vases") if name in widths)
+    for observation, repeat in (("coordinates", 1), ("lidar", 5)):
+        scene = env_spec(task, observation, repeat).scene
+        assert scene == SceneSpec(0.3, 1.0, 1.0, extent, obstacles, 3.0, repeat * 0.02)
+
+
+def test_scenes_of_buttons_and_of_tasks_without_a_goal():
+    scene = env_spec("SafetyPointButton1-v0", "lidar", 5).scene
+    assert scene is not None
+    assert (scene.radius, scene.obstacles) == (0.2, ("buttons", "hazards", "gremlins"))
+    for task, observation in (
+        ("SafetyPointPush1-v0", "lidar"),
+        ("SafetyPointCircle1-v0", "lidar"),
+        ("SafetyHopperVelocity-v1", "lidar"),
+    ):
+        assert env_spec(task, observation, 5).scene is None
+
+
+def test_an_env_step_takes_a_fiftieth_of_a_second():
+    for task in ("SafetyPointGoal1-v0", "SafetyCarButton1-v0", "SafetyAntGoal0-v0"):
+        env = make_env(task, "lidar", 1, seed=0)
+        env.reset()
+        sim: Any = env._sim
+        before = sim._task.data.time
+        env.step(np.zeros(env.spec.action_size))
+        assert sim._task.data.time - before == pytest.approx(0.02)
 
 
 def test_objects_appear_at_the_right_egocentric_coordinates():

@@ -23,14 +23,15 @@ from learner.cost_model import (
     tracked_obstacles,
     tracked_reward,
 )
+from learner.layout import layout_of
 from learner.rssm import Latent
-from learner.scene import Layout, Scene, SceneModel
+from learner.scene import Scene, SceneModel, seen
 from learner.world_model import WorldModel
 from tests.learner.tiny import MODEL, SCENE, SPEC, filled
 
 KEY = jax.random.PRNGKey(0)
 NOWHERE = Latent(jnp.zeros(3), jnp.zeros((1, 2)))
-LAYOUT = Layout.of(SCENE)
+LAYOUT = layout_of(SCENE)
 
 
 def scene(hazards: Any, goal: Any = (1.0, 0.0), reward: Any = 0.0) -> Scene:
@@ -136,16 +137,16 @@ def test_methods_that_track_nothing_need_no_motion() -> None:
     assert start_of(model, state, KEY) is state
     assert follow(model, state, ACTION, None).scene is None
     with pytest.raises(TypeError, match="learns no motion"):
-        follow(model, State(model.initial(1), LAYOUT.scene(VECTOR)), ACTION, None)
+        follow(model, State(model.initial(1), seen(LAYOUT, VECTOR)), ACTION, None)
 
 
 def test_next_goals_are_drawn_where_imagination_starts() -> None:
     model = filled(lambda: SceneModel(KEY, SCENE, MODEL))
-    seen = LAYOUT.scene(jnp.repeat(VECTOR, 5, 0))
-    many = start_of(model, State(model.initial(5), seen), KEY, (5,)).scene
+    around = seen(LAYOUT, jnp.repeat(VECTOR, 5, 0))
+    many = start_of(model, State(model.initial(5), around), KEY, (5,)).scene
     assert many is not None
     assert len({tuple(goal) for goal in np.asarray(many.next_goal).tolist()}) == 5
-    np.testing.assert_array_equal(many.goal, seen.goal)
+    np.testing.assert_array_equal(many.goal, around.goal)
 
 
 # --- features -----------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def test_next_goals_are_drawn_where_imagination_starts() -> None:
 def test_the_scene_is_shown_with_its_nearest_hazards_in_order() -> None:
     hazards = np.array([[3.0, 0.0], [0.0, 0.3], [9.0, 9.0], [-1.0, 0.0], [0.0, -2.0]], np.float32)
     features = scene_features(LAYOUT)  # of two hazards
-    many = scene_features(LAYOUT._replace(obstacles=((5, 9), (9, 15))))
+    many = scene_features(LAYOUT._replace(obstacles=((5, 9), (9, 15))))  # pyright: ignore
 
     def shown(order: list[int]) -> np.ndarray:
         around = scene(hazards[order], goal=(0.0, 0.6))._replace(body=jnp.array([1.0, 2.0, 3.0]))

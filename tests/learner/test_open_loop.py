@@ -10,8 +10,9 @@ import pytest
 
 from common.types import ArraySpec
 from learner.cost_model import State, learned_cost, look_at, look_away, tracked_obstacles, tracked_reward
+from learner.layout import layout_of
 from learner.open_loop import open_loop
-from learner.scene import Layout, SceneModel
+from learner.scene import SceneModel, seen
 from learner.world_model import WorldModel
 from tests.learner.tiny import MODEL, SCENE, SPEC, batch, filled
 
@@ -57,7 +58,7 @@ def test_what_comes_after_the_context_is_not_looked_at() -> None:
 @pytest.mark.parametrize("latent", [True, False])
 def test_a_tracked_scene_starts_where_it_was_last_seen(latent: bool) -> None:
     vector = np.random.default_rng(3).normal(size=(2, 7, 13)).astype(np.float32)
-    data, layout = BATCH | {"vector": jnp.asarray(vector)}, Layout.of(SCENE)
+    data, layout = BATCH | {"vector": jnp.asarray(vector)}, layout_of(SCENE)
     model: Any = build(SCENE, learn_cost=False, learn_motion=True)
     if not latent:
         model = filled(lambda: SceneModel(jax.random.PRNGKey(0), SCENE, MODEL))
@@ -68,12 +69,12 @@ def test_a_tracked_scene_starts_where_it_was_last_seen(latent: bool) -> None:
     np.testing.assert_array_equal(predicted.hazards[:, :CONTEXT], true[:, :CONTEXT])
     assert (predicted.vector is not None) == latent
 
-    scene = layout.scene(data["vector"][:, 0])
+    scene = seen(layout, data["vector"][:, 0])
     for t in range(1, 7):
         scene = model.body.move(scene, data["action"][:, t - 1])
         np.testing.assert_allclose(predicted.reward[:, t], scene.reward, **CLOSE)
         if t < CONTEXT:
-            scene = layout.scene(data["vector"][:, t])
+            scene = seen(layout, data["vector"][:, t])
         np.testing.assert_allclose(predicted.hazards[:, t], scene.obstacles, **CLOSE)
         cost = count(model, State(model.initial(2), scene))
         np.testing.assert_array_equal(predicted.cost[:, t], cost)

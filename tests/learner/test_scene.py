@@ -12,11 +12,12 @@ import pytest
 
 from learner.geometry import relative_motion
 from learner.layers import symlog
-from learner.scene import Body, Layout, Scene, SceneModel, imagine_next_goal
+from learner.layout import layout_of
+from learner.scene import Body, Scene, SceneModel, imagine_next_goal, seen
 from tests.learner.tiny import MODEL, SCENE, batch, filled
 
 KEY = jax.random.PRNGKey(0)
-LAYOUT = Layout.of(SCENE)
+LAYOUT = layout_of(SCENE)
 QUARTER = np.pi / 2
 ACTION = jnp.zeros(2)
 
@@ -39,38 +40,13 @@ def move(motion: tuple[float, float, float], goal: Any, obstacles: Any = ((9.0, 
     return Body.move(body, scene, ACTION)
 
 
-# --- what is seen -------------------------------------------------------------------------------
-
-
-def test_the_scene_is_read_out_of_the_observation() -> None:
-    vector = jnp.arange(13.0) - 4
-    scene = LAYOUT.scene(vector)
+def test_a_scene_is_what_its_layout_sees() -> None:
+    scene = seen(LAYOUT, jnp.arange(13.0) - 4)
     np.testing.assert_allclose(scene.body, symlog(jnp.array([-4.0, -3.0, -2.0])))
     np.testing.assert_array_equal(scene.goal, [-1, 0])
     np.testing.assert_array_equal(scene.obstacles, [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(scene.next_goal, [1.5, 0])
     assert float(scene.reward) == 0.0
-    assert LAYOUT.objects == LAYOUT.hazards == 2
-
-
-def test_vases_that_cost_are_obstacles_too() -> None:
-    slices = dict(SCENE.slices) | {"hazards": (5, 7), "vases": (7, 9)}
-    layout = Layout.of(dataclasses.replace(SCENE, slices=slices))
-    np.testing.assert_array_equal(layout.scene(jnp.arange(13.0)).obstacles, [[5, 6], [7, 8]])
-    assert (layout.objects, layout.hazards) == (2, 1)
-    empty = Layout.of(dataclasses.replace(SCENE, slices={**SCENE.slices, "hazards": (5, 5)}))
-    assert empty.scene(jnp.arange(13.0)).obstacles.shape == (0, 2)
-
-
-@pytest.mark.parametrize("missing", ["goal", "position", "rotation"])
-def test_what_makes_a_scene_must_be_observed(missing: str) -> None:
-    slices = {name: part for name, part in SCENE.slices.items() if name != missing}
-    with pytest.raises(KeyError, match=missing):
-        Layout.of(dataclasses.replace(SCENE, slices=slices))
-
-
-def test_a_scene_needs_to_know_what_the_task_pays() -> None:
-    with pytest.raises(KeyError, match="goal"):
-        Layout.of(dataclasses.replace(SCENE, goal=None))
 
 
 # --- how it moves -------------------------------------------------------------------------------
@@ -93,7 +69,7 @@ def test_objects_pass_by_as_the_robot_moves(motion: Any, place: Any, expected: A
 
 
 def test_the_task_pays_for_metres_and_for_the_goal() -> None:
-    """2 per metre, 1 for coming within 0.3 m, whereupon the next goal appears (tiny's `GoalSpec`)."""
+    """2 per metre, 1 for coming within 0.3 m, whereupon the next goal appears (tiny's `SceneSpec`)."""
     nearer = move((0.5, 0.0, 0.0), goal=(1.0, 0.0))
     assert float(nearer.reward) == pytest.approx(1.0)
     away = move((-0.5, 0.0, 0.0), goal=(1.0, 0.0))
@@ -104,18 +80,18 @@ def test_the_task_pays_for_metres_and_for_the_goal() -> None:
 
 
 def test_next_goals_lie_all_around() -> None:
-    scene = imagine_next_goal(LAYOUT.scene(jnp.zeros((1000, 13))), LAYOUT.task, KEY, (1000,))
+    scene = imagine_next_goal(seen(LAYOUT, jnp.zeros((1000, 13))), LAYOUT.task, KEY, (1000,))
     far = np.hypot(*np.asarray(scene.next_goal).T)
     assert far.min() >= 0.4 * 1.5
     assert far.max() <= 1.6 * 1.5 + 1e-5
     assert np.abs(np.asarray(scene.next_goal).mean(0)).max() < 0.15
-    one = imagine_next_goal(LAYOUT.scene(jnp.zeros(13)), LAYOUT.task, KEY)
+    one = imagine_next_goal(seen(LAYOUT, jnp.zeros(13)), LAYOUT.task, KEY)
     assert one.next_goal.shape == (2,)
 
 
 def test_rewards_have_gradients_towards_the_goal() -> None:
     body = filled(lambda: Body(KEY, SCENE, MODEL))
-    scene = LAYOUT.scene(jnp.asarray(np.random.default_rng(1).normal(size=13), jnp.float32))
+    scene = seen(LAYOUT, jnp.asarray(np.random.default_rng(1).normal(size=13), jnp.float32))
 
     def reward(action: jax.Array) -> jax.Array:
         return body.move(scene, action).reward
@@ -158,16 +134,16 @@ def driven(seed: int, size: int = 2, length: int = 4) -> dict[str, np.ndarray]:
 def test_loss_is_that_of_steps_one_after_the_other() -> None:
     """The batch has an episode's border before step 2 of its first window."""
     body, data = filled(lambda: Body(KEY, SCENE, MODEL), scale=0.05), driven(0)
-    seen = symlog(jnp.asarray(data["vector"][..., :3]))
+    sensors = symlog(jnp.asarray(data["vector"][..., :3]))
     moved, turned = relative_motion(*(jnp.asarray(data["vector"][..., i : i + 2]) for i in (11, 9)))
     expected = np.zeros((2, 3))
     for b in range(2):
-        predicted = seen[b, 0]
+        predicted = sensors[b, 0]
         for t in range(3):
-            predicted = seen[b, t] if data["is_first"][b, t] else predicted
+            predicted = sensors[b, t] if data["is_first"][b, t] else predicted
             predicted, motion = body(predicted, data["action"][b, t])
             target = np.array([*moved[b, t], turned[b, t]]) / 0.1
-            error = np.square(predicted - seen[b, t + 1]).sum() + np.square(motion - target).sum()
+            error = np.square(predicted - sensors[b, t + 1]).sum() + np.square(motion - target).sum()
             expected[b, t] = 0.0 if data["is_first"][b, t + 1] else error
     assert (expected == 0).sum() == 1
     assert expected.max() < 100  # no error beyond the bound

@@ -20,9 +20,10 @@ from learner.cost_model import (
     tracked_reward,
 )
 from learner.lagrange import Constraint, augmented, augmented_update, unconstrained
+from learner.layout import layout_of
 from learner.returns import Moments
 from learner.rssm import Latent
-from learner.scene import Layout
+from learner.scene import seen
 from learner.train_step import Shared, TrainState, TrainStep, _starts
 from tests.learner.tiny import BEHAVIOR, CONFIG, FEAT, MODEL, SCENE, SPEC, batch
 
@@ -216,7 +217,7 @@ def test_a_method_without_costs_has_no_cost_critic() -> None:
 
 @pytest.mark.parametrize("latent", [True, False])
 def test_a_method_that_tracks_the_scene_learns_motion(latent: bool) -> None:
-    layout = Layout.of(SCENE)
+    layout = layout_of(SCENE)
     train = TrainStep(
         SCENE,
         dataclasses.replace(CONFIG, world_model=dataclasses.replace(MODEL, latent=latent)),
@@ -254,7 +255,7 @@ def starts(count: int) -> tuple[State, jax.Array]:
     cfg = dataclasses.replace(BEHAVIOR, imagine_starts=count)
     number = jnp.arange(8.0).reshape(2, 4)
     latents = Latent(jnp.repeat(number[..., None], 8, -1), jnp.zeros((2, 4, 2, 3)))
-    states = State(latents, Layout.of(SCENE).scene(number[..., None] * jnp.ones(13)))
+    states = State(latents, seen(layout_of(SCENE), number[..., None] * jnp.ones(13)))
     data = {"is_terminal": np.arange(8).reshape(2, 4) % 2 == 1}
     return _starts(states, data, cfg, jax.random.PRNGKey(0))
 

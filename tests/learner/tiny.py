@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from common.config import BehaviorConfig, Config, PlannerConfig, SafetyConfig, WorldModelConfig
-from common.types import ArraySpec, EnvSpec, GoalSpec
+from common.types import ArraySpec, EnvSpec, SceneSpec
 
 T = TypeVar("T")
 
@@ -50,7 +50,15 @@ SCENE = EnvSpec(
         "rotation": (9, 11),
         "position": (11, 13),
     },
-    goal=GoalSpec(radius=0.3, bonus=1.0, per_metre=2.0, extent=1.5),
+    scene=SceneSpec(
+        radius=0.3,
+        bonus=1.0,
+        per_metre=2.0,
+        extent=1.5,
+        obstacles=("hazards",),
+        lidar_range=3.0,
+        step_seconds=0.1,
+    ),
 )
 CONFIG = Config(
     world_model=MODEL,
