@@ -7,7 +7,7 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -58,12 +58,19 @@ def plot_run(run_dir: Path, out_png: Path) -> Path:
 
 
 def plot_runs(
-    run_dirs: Sequence[Path], out_png: Path, labels: Sequence[str] | None = None, aggregate: bool = False
+    run_dirs: Sequence[Path],
+    out_png: Path,
+    labels: Sequence[str] | None = None,
+    aggregate: bool = False,
+    references: Mapping[str, tuple[float, float]] | None = None,
 ) -> Path:
     """Draws the evaluations of several runs (where a run has none, its smoothed training episodes).
 
     One line per run, named by `labels` or its directory; or, with `aggregate`, one line per
     distinct label (all runs together without labels): the mean over its runs and their range.
+
+    Args:
+        references: what others reached, by name: (return, cost), drawn as horizontal lines.
     """
     run_dirs = [Path(run_dir) for run_dir in run_dirs]
     if labels is not None and len(labels) != len(run_dirs):
@@ -82,6 +89,10 @@ def plot_runs(
         if not axis.lines:
             _say_empty(axis)
             continue
+        for index, (name, reached) in enumerate((references or {}).items()):
+            value = reached[0] if quantity == "return" else reached[1]
+            style = (":", "-.", (0, (1, 3)))[index % 3]
+            axis.axhline(value, color=REFERENCE, linestyle=style, linewidth=1.2, label=f"{name} ({value:g})")
         limits = {_cost_limit(run_dir) for run_dir in run_dirs}
         if quantity == "cost" and len(limits) == 1:
             _draw_limit(axis, limits.pop())

@@ -130,6 +130,14 @@ def test_several_seeds_become_their_mean_and_range(tmp_path, drawn):
     assert "cost limit (2.5)" in legend(costs)
 
 
+def test_what_others_reached_is_drawn_beside_it(tmp_path, drawn):
+    run = write_run(tmp_path / "run", [], [evaluation(0, 1.0, 8.0), evaluation(1000, 10.0, 4.0)], PID)
+    plots.plot_runs([run], tmp_path / "x.png", references={"Other": (24.5, 1.5)})
+    returns, costs = drawn[0].axes
+    assert line(returns, "Other (24.5)").get_ydata()[0] == 24.5
+    assert line(costs, "Other (1.5)").get_ydata()[0] == 1.5
+
+
 def test_runs_are_grouped_by_label_and_fall_back_to_training_episodes(tmp_path, drawn):
     a, b = (
         write_run(tmp_path / name, [], [evaluation(0, v, v), evaluation(9, v, v)])
