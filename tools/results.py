@@ -3,7 +3,7 @@
     .venv/bin/python tools/results.py OUT RUN [RUN ...] [--episodes 20] [--seed 0] [--commit NAME]
 
 OUT.json holds for every run its configuration, commit, curve, wall time, and the episodes of a new evaluation
-of its last checkpoint: `--seed 0` are the held-out layouts of all evaluations in training, other seeds others.
+of its last checkpoint (`--seed 0`: on the layouts of all evaluations in training, other seeds: on others).
 OUT.png shows the evaluations of all runs with their range, the cost limit, and what others published.
 """
 
