@@ -36,11 +36,11 @@ TINY = {
     "evaluation.every": 0,
     "evaluation.final-episodes": 1,
 }
-READ_POSITIONS = ("osrp_vector", "osrp_tracked")
-OBSERVATIONS: Dict[bool, List[str]] = {
-    False: ["lidar", "coordinates", "vision"],
-    True: ["coordinates", "vision+coordinates"],  # methods that read positions
+OBSERVATIONS: Dict[str, List[str]] = {  # of methods that read where things are
+    "osrp_vector": ["coordinates", "vision+coordinates"],
+    "osrp_tracked": ["coordinates", "lidar", "vision+coordinates", "vision+lidar"],
 }
+ANY = ["lidar", "coordinates", "vision"]
 
 
 def methods() -> List[str]:
@@ -72,7 +72,7 @@ def main() -> None:
         results = [
             check(method, observation, directory)
             for method in sys.argv[1:] or methods()
-            for observation in OBSERVATIONS[method in READ_POSITIONS]
+            for observation in OBSERVATIONS.get(method, ANY)
         ]
     sys.exit(0 if all(results) else 1)
 

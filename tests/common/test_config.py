@@ -285,7 +285,12 @@ COORDINATES = {"observation": "coordinates"}
             "would move one multiplier",
         ),
         ({"safety": {"cost_model": "geometric"}}, "geometric reads hazard positions"),
-        ({"safety": {"cost_model": "tracked"}}, "tracked reads hazard positions"),
+        (
+            {"env": {"observation": "vision"}, "safety": {"cost_model": "tracked"}},
+            "tracked reads where things are",
+        ),
+        ({"world_model": {"latent": False}}, "it needs safety.cost_model tracked"),
+        ({"planner": {"correlation": 1.5}}, "`planner.correlation` must be at most 1"),
         (
             {"env": {"observation": "vision+lidar"}, "safety": {"cost_model": "geometric"}},
             "geometric reads hazard positions",
