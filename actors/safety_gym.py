@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,8 +12,6 @@ from actors import compat, fast_env, fast_reset, rendering, tasks
 from actors.cameras import OutsideView, Vision
 from actors.observations import Coordinates, Lidar, Observation, Slices
 from common.types import VECTOR, ArraySpec, EnvSpec, SceneSpec
-
-_ENV_STEP = 0.02  # s, ten simulator steps of 2 ms in every navigation task
 
 _safety_gymnasium = compat.safety_gymnasium()
 
@@ -77,7 +75,8 @@ class _Navigation:
         state = {VECTOR: ArraySpec((self._state.size,))} if self._state else {}
         self.obs, self.slices = state | self._vision.spec, self._state.slices if self._state else {}
         kinds = {name.removesuffix("_lidar") for name in self.slices}
-        self.scene: SceneSpec | None = _scene(self._task, kinds, repeat * _ENV_STEP)
+        seconds = repeat * tasks.ENV_STEP_SECONDS[self._task.agent_name]
+        self.scene: SceneSpec | None = _scene(self._task, kinds, seconds)
         if render:
             self._task._viewers["rgb_array"] = OutsideView(task, self._task)
 
@@ -102,7 +101,7 @@ class _Navigation:
         self._env.close()
 
 
-def _scene(task: Any, kinds: Iterable[str], env_step: float) -> SceneSpec | None:
+def _scene(task: Any, kinds: Collection[str], seconds: float) -> SceneSpec | None:
     """Of tasks that pay for the way to a goal alone, where the goal is observed."""
     if "goal" not in kinds or not hasattr(task, "goal") or hasattr(task, "push_box"):
         return None
@@ -115,7 +114,7 @@ def _scene(task: Any, kinds: Iterable[str], env_step: float) -> SceneSpec | None
         extent=float(max(task.placements_conf.extents)),
         obstacles=costly,
         lidar_range=float(task.lidar_conf.max_dist),
-        step_seconds=env_step,
+        step_seconds=seconds,
     )
 
 

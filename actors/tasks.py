@@ -22,6 +22,9 @@ CAMERAS = {  # robot -> its own cameras
     "Ant": ("vision",),
 }
 
+# Simulated seconds of an env step in navigation tasks.
+ENV_STEP_SECONDS = {"Point": 0.02, "Car": 0.04, "Racecar": 0.04, "Doggo": 0.1, "Ant": 0.1}
+
 _NAVIGATION = re.compile(rf"Safety({'|'.join(ROBOTS)})({'|'.join(LEVELLED)}|Run)(\d)-v0")
 
 
