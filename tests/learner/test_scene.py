@@ -169,7 +169,7 @@ def test_motion_is_learned_over_whole_windows() -> None:
             updates, state = optimizer.update(grads, state)
             return (optax.apply_updates(body, updates), state), loss
 
-        (body, _), losses = jax.lax.scan(step, (body, optimizer.init(body)), None, 1500)  # pyright: ignore
+        (body, _), losses = jax.lax.scan(step, (body, optimizer.init(body)), None, 800)  # pyright: ignore
         return body, losses
 
     trained, losses = fit(body)
