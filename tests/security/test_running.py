@@ -30,7 +30,7 @@ from tests.network import reaches
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"  # what a W&B key looks like
-PATIENCE = 280.0  # seconds, for a machine that does much else
+PATIENCE = 200.0  # seconds, for a machine that does much else
 
 Address = tuple[str, int]
 
