@@ -9,7 +9,7 @@ seen, 8 imagined under the true actions (`learner.open_loop`). A rate without an
 - `model/cost_precision`: share of the steps with such a prediction that were truly costly.
 - `model/openloop_error/N`: after N imagined steps, by how much (m) the nearest hazard is misplaced, where one
   is within 1 m. Without positions in the observation: the root mean square error of the decoded vector, else
-  of the pictures (0 to 1).
+  of the pictures (0 to 1); left out where the model decodes neither.
 """
 
 from __future__ import annotations
