@@ -582,6 +582,15 @@ def check(config: Config) -> None:
         raise UserError(problem)
 
 
+def unread(config: Config) -> list[str]:
+    """Settings that differ from the presets of the run although nothing reads them."""
+    if config.world_model.latent:
+        return []
+    preset = load(config.method, config.size, config.task, observation=config.env.observation).world_model
+    changed = (name for name in OF_LATENT if getattr(config.world_model, name) != getattr(preset, name))
+    return [f"world_model.{name}" for name in changed]
+
+
 def _problems(config: Config) -> Iterable[str]:
     yield from _not_positive(config)
     learner, planner, safety = config.learner, config.planner, config.safety
@@ -650,6 +659,28 @@ def _is_address(text: str) -> bool:
         return False
 
 
+OF_LATENT = (
+    "deter",
+    "units",
+    "stoch",
+    "classes",
+    "encoder_layers",
+    "encoder_units",
+    "cnn_depth",
+    "head_layers",
+    "image_loss_scale",
+    "vector_loss_scale",
+    "geometry_loss_scale",
+    "motion_loss_scale",
+    "decoder_space",
+    "cost_weight",
+    "unimix",
+    "free_nats",
+    "dyn_scale",
+    "rep_scale",
+)
+"""Settings of the world model that only an agent with a latent state reads."""
+
 _SHARES = {
     "behavior.cost_gamma",
     "behavior.gamma",
@@ -693,14 +724,16 @@ _MAY_BE_ZERO = {
 
 
 _MAY_BE_HUGE = {"env_steps", "replay.capacity", "evaluation.every", "evaluation.seed", "learner.prefill"}
+_NETWORKS = ("world_model.", "behavior.")
+_LARGEST_NETWORK = 2**16  # units of a layer
 
 
 def _not_positive(config: Config) -> Iterable[str]:
     for name, value in flatten(to_dict(config)).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if isinstance(value, int) and abs(value) > (2**53 if name in _MAY_BE_HUGE else 2**31 - 1):
-            yield f"`{name}` is too large: {shown(value)}"
+        if isinstance(value, int) and abs(value) > _largest(name):
+            yield f"`{name}` is too large: {shown(value)}; at most {_largest(name):,}"
             continue
         zero_is_fine = name in _MAY_BE_ZERO or name.startswith(("safety.augmented.", "safety.pid."))
         if math.isnan(value) or value < 0 or (value == 0 and not zero_is_fine):
@@ -711,6 +744,12 @@ def _not_positive(config: Config) -> Iterable[str]:
             yield f"`{name}` must be at most 1, not {value}"
         if name == "replay.port" and value > 65536 - config.replay.shards:
             yield f"`{name}` must be a port number (0 to 65535, with one more per shard), not {value}"
+
+
+def _largest(name: str) -> int:
+    if name in _MAY_BE_HUGE:
+        return 2**53
+    return _LARGEST_NETWORK if name.startswith(_NETWORKS) else 2**31 - 1
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

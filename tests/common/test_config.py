@@ -291,6 +291,7 @@ COORDINATES = {"observation": "coordinates"}
         ),
         ({"world_model": {"latent": False}}, "it needs safety.cost_model tracked"),
         ({"planner": {"correlation": 1.5}}, "`planner.correlation` must be at most 1"),
+        ({"world_model": {"deter": 70_000}}, "`world_model.deter` is too large: 70000; at most 65,536"),
         (
             {"env": {"observation": "vision+lidar"}, "safety": {"cost_model": "geometric"}},
             "geometric reads hazard positions",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
 from typing import Any, get_args, get_type_hints
@@ -10,9 +11,20 @@ import pytest
 
 from actors import rendering, tasks
 from actors.evaluate import evaluation_seeds
-from common.config import Config, EnvConfig, SafetyConfig, load, merge, presets
+from common.config import (
+    OF_LATENT,
+    Config,
+    EnvConfig,
+    SafetyConfig,
+    WorldModelConfig,
+    load,
+    merge,
+    presets,
+    unread,
+)
 from common.types import EnvSpec, UserError, replay_spec
 from deploy import wiring
+from deploy.train import check
 from learner.scene import SceneModel
 from learner.world_model import WorldModel
 from tests.synthetic import LineEnv, line_spec
@@ -123,6 +135,42 @@ def test_a_latent_is_learned_where_cameras_see():
         cfg = load("osrp_tracked", "nano", GOAL, observation=observation)
         train = wiring.train_step(cfg, wiring.spec_of(load("osrp_tracked", "nano", GOAL)))
         assert isinstance(jax.eval_shape(train.init, 0).model, kind)
+
+
+def test_what_is_said_to_have_no_effect_without_a_latent_is_what_nothing_reads(monkeypatch):
+    read = set()
+
+    class Watched(WorldModelConfig):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    cfg = load("osrp_tracked", "nano", GOAL)
+    model = Watched(**dataclasses.asdict(cfg.world_model))
+    read.clear()
+    cfg = dataclasses.replace(cfg, world_model=model)
+    spec = wiring.spec_of(cfg)
+    train = wiring.train_step(cfg, spec)
+    state = jax.eval_shape(train.init, 0)
+    jax.eval_shape(train.step, state, batch_of(cfg, spec))
+    wiring.policy(cfg, spec, explore=True)
+    assert {field.name for field in dataclasses.fields(model)} - read == set(OF_LATENT)
+
+
+def test_a_change_that_nothing_reads_is_named():
+    changes = {"world_model": {"deter": 7, "units": 9, "lr": 1e-3}}
+    assert unread(merge(load("osrp_tracked", task=GOAL), changes, "test")) == [
+        "world_model.deter",
+        "world_model.units",
+    ]
+    assert unread(merge(load("osrp", task=GOAL), changes, "test")) == []
+    assert unread(load("osrp_tracked", "small", GOAL)) == []
+
+
+def test_more_than_this_machine_can_hold_is_refused():
+    wide = {"world_model": {"deter": 2**16, "units": 2**16}}
+    with pytest.raises(UserError, match=r"would take [\d,]+ GB.*smaller --size"):
+        check(merge(load("osrp_vector", task=GOAL), wide, "test"))
 
 
 def test_hazards_must_be_observed_to_be_counted():
