@@ -14,10 +14,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from common.config import read_yaml
 from common.metrics import EPISODES, METRICS
 from common.sinks import read_jsonl
 from common.types import UserError
+from common.yaml_file import read_yaml
 
 TRAIN, EVAL, REFERENCE, LIMIT = "#0072B2", "#D55E00", "#555555", "#000000"
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common import config as configuration
+from common import config_checks, configuration
 from common.config import Config
 from common.types import UserError
 from common.untrusted import printable
@@ -80,7 +80,7 @@ def _train(argv: list[str]) -> int:
         value = getattr(args, flag)
         if value is not None:
             cfg = configuration.merge(cfg, {group: {name: value}}, f"--{flag.replace('_', '-')}")
-    configuration.check(cfg)
+    config_checks.check(cfg)
     from deploy import run_dir as runs
 
     if saved is not None:

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 from actors.inference_server import InferenceReport
 from actors.rollout import RolloutReport
-from common.config import Config, to_dict
+from common.config import Config
+from common.configuration import to_dict
 from common.metrics import Aggregator, summarize_episodes
 from common.status import Evaluation, Status
 from common.types import EnvSpec, EpisodeResult, UserError

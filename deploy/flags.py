@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
-from common import config as configuration
+from common import configuration
 from common.config import Config
 from common.types import UserError
+from common.yaml_file import read_yaml
 
 if TYPE_CHECKING:  # it brings JAX along, for which `--help` need not wait
     from deploy.warm_start import WarmStart
@@ -199,7 +200,7 @@ def _parse_warm(argv: list[str], chosen: argparse.Namespace) -> Train:
     args = parse(TrainArgs, argv, "train", default=TrainArgs(_with_files(saved, chosen.config)))
     warm_start.check_settings(saved, args.settings)
     given = chosen.prefill is not None or any(
-        "learner.prefill" in configuration.flatten(configuration.read_yaml(path)) for path in chosen.config
+        "learner.prefill" in configuration.flatten(read_yaml(path)) for path in chosen.config
     )
     random_steps = args.settings.learner.prefill if given else 0
     return Train(args, None, warm_start.WarmStart(found, random_steps))
@@ -207,7 +208,7 @@ def _parse_warm(argv: list[str], chosen: argparse.Namespace) -> Train:
 
 def _with_files(config: Config, files: Iterable[Path]) -> Config:
     for path in files:
-        config = configuration.merge(config, configuration.read_yaml(path), str(path))
+        config = configuration.merge(config, read_yaml(path), str(path))
     return config
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
-from common import checkpoint
-from common import config as configuration
+from common import checkpoint, config_checks, configuration
 from common.config import Config
 from common.types import VECTOR, EnvSpec, UserError
+from common.yaml_file import read_yaml
 from deploy import wiring
 from deploy.outcome import Counters
 from learner import reference_sizes
@@ -86,7 +86,7 @@ def convert(
     sizes = reference_sizes.sizes(published.variables)
     _check_environment(sizes, cfg, spec)
     cfg = _sized(cfg, sizes, wanted)
-    configuration.check(cfg)
+    config_checks.check(cfg)
     return cfg, assign(published.variables, _template(wiring.train_step(cfg, spec)), published.optimizers)
 
 
@@ -151,7 +151,7 @@ def _check_files(found: dict[str, Any], wanted: Wanted) -> None:
     """Refuses sizes in the user's files that the checkpoint contradicts."""
     true = configuration.flatten(found)
     for path in wanted.files:
-        for name, value in configuration.flatten(configuration.read_yaml(path)).items():
+        for name, value in configuration.flatten(read_yaml(path)).items():
             if name in true and value != true[name]:
                 raise UserError(f"{path}: `{name}` is {value}, but the checkpoint has {true[name]}")
 

@@ -14,7 +14,7 @@ import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from common.config import did_you_mean
+from common.configuration import did_you_mean
 from common.types import UserError
 from deploy.saving import SAVE_REPLAY_SECONDS, SAVE_SECONDS
 

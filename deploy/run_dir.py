@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint
-from common import config as configuration
+from common import checkpoint, config_checks, configuration
 from common.config import Config
 from common.metrics import EPISODES, METRICS
 from common.types import UserError
 from common.untrusted import is_count
+from common.yaml_file import read_yaml
 from deploy.outcome import Counters
 
 CONFIG = "config.yaml"
@@ -117,7 +117,7 @@ def read_config(path: Path) -> Config:
     """The configuration of a run. Raises UserError when `path` is no run directory."""
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} is not a run directory: it has no {CONFIG}")
-    return configuration.from_dict(configuration.read_yaml(path / CONFIG), str(path / CONFIG))
+    return configuration.from_dict(read_yaml(path / CONFIG), str(path / CONFIG))
 
 
 def config_of(found: Path, meta: Mapping[str, Any]) -> Config:
@@ -128,7 +128,7 @@ def config_of(found: Path, meta: Mapping[str, Any]) -> Config:
     if not _is_of_a_training(meta):
         raise UserError(f"{found} is not a checkpoint of `safedreamer train`: it holds no configuration")
     cfg = configuration.from_dict(meta["config"], str(found))
-    configuration.check(cfg)
+    config_checks.check(cfg)
     return cfg
 
 

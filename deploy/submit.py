@@ -10,7 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
-from common import config as configuration
+from common import config_checks, configuration
 from common.types import UserError
 from deploy import jobs, shipping
 from deploy.flags import SubmitArgs, TrainArgs, parse, parse_train
@@ -78,7 +78,7 @@ def _checked(words: list[str]) -> TrainArgs:
             return first
     args, saved, warm = parse_train(words)
     on_cluster = configuration.merge(args.settings, {"ray": {"address": "auto"}}, "submit")
-    configuration.check(on_cluster)
+    config_checks.check(on_cluster)
     from deploy import run_dir as runs
     from deploy.train import check
 

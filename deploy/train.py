@@ -9,8 +9,7 @@ from pathlib import Path
 import jax
 import psutil
 
-from common import config as configuration
-from common import memory
+from common import config_checks, memory
 from common.config import Config
 from common.plots import plot_run
 from common.status import Status
@@ -63,7 +62,7 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
     """
     spec = check(cfg)
     runs.check_links(run)
-    if not resume and (idle := configuration.unread(cfg)):
+    if not resume and (idle := config_checks.unread(cfg)):
         names, verb = ", ".join(idle), "has" if len(idle) == 1 else "have"
         logger.warning("%s %s no effect on an agent without a latent (world_model.latent false)", names, verb)
     status = Status(cfg.method, cfg.task, cfg.size, cfg.seed, run, cfg.env_steps)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import jax
 
-from common import checkpoint
-from common import config as configuration
+from common import checkpoint, configuration
 from common.config import Config
 from common.types import EnvSpec, UserError
 from common.untrusted import is_count, read_json, shown

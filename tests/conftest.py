@@ -12,6 +12,8 @@ _OWNS_CACHE = "PYTEST_XDIST_WORKER" not in os.environ
 if _OWNS_CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="safedreamer-jax-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Where Python may not keep bytecode, every process that a test starts would compile all of ours.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Shells start background jobs deaf to Ctrl-C, and what they start inherits it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import Config, from_dict
+from common.config import Config
+from common.configuration import from_dict
 from common.types import ArraySpec, EnvSpec, Step
 from deploy import wiring
 

@@ -211,9 +211,11 @@ def make_venv(python: str, venv: Path) -> None:
 def install_lock(venv: Path, lock: Path) -> None:
     """Installs exactly the pins of the lock: with uv where it can be had, else with pip."""
     uv = find_uv(venv, lock)
+    # Compiled now: a training starts a dozen processes, and some environments forbid Python to keep bytecode.
+    options = ["--compile-bytecode", *QUIET, "--python", str(python_of(venv)), "--no-deps"]
     if uv is None:
         say("uv is not to be had here; pip takes a few minutes")
-    elif run([uv, "pip", "install", *QUIET, "--python", str(python_of(venv)), "--no-deps", "-r", str(lock)]):
+    elif run([uv, "pip", "install", *options, "-r", str(lock)]):
         return
     else:
         say("uv could not install the packages; trying pip (a few minutes), which may know another index")

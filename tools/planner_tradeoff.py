@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.evaluate import evaluate
-from common.config import Config, merge
+from common.config import Config
+from common.configuration import merge
 from common.metrics import summarize_episodes
 from common.types import Params
 from deploy import wiring

@@ -17,10 +17,10 @@ from statistics import mean
 from typing import Any
 
 from actors.evaluate import evaluate
-from common.config import read_yaml
 from common.metrics import EPISODES, METRICS
 from common.plots import plot_runs
 from common.sinks import read_jsonl
+from common.yaml_file import read_yaml
 from deploy import evaluate as evaluation
 from deploy import wiring
 

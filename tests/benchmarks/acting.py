@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 
 from actors.vector_env import SafetyVectorEnv
-from common import config as configuration
+from common import configuration
 from common.config import Config
 from common.types import EnvSpec, Policy, replay_spec
 from deploy import wiring

@@ -15,8 +15,8 @@ import numpy as np
 
 from actors.inference import Answer, LocalInference, RemoteInference, Request
 from actors.inference_server import InferenceServer
-from common import config as configuration
-from common.config import merge
+from common import configuration
+from common.configuration import merge
 from deploy import wiring
 from tests.benchmarks.measure import Row, Time, repeat
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import config as configuration
-from common import memory
+from common import configuration, memory
 from common.config import Config
 from common.types import Batch, EnvSpec, replay_spec
 from deploy import wiring

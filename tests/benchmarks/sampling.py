@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from common import config as configuration
+from common import configuration
 from common.config import Config
 from common.types import ArraySpec, EnvSpec, replay_spec
 from deploy import wiring

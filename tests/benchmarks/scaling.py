@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from common import config as configuration
+from common import configuration
 from common.config import Config
 from common.types import EnvSpec, replay_spec
 from deploy import wiring

@@ -9,9 +9,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import config as configuration
-from common.config import Config, check, dump, flatten, from_dict, load, merge, presets, read_yaml, to_dict
+from common import config, configuration, yaml_file
+from common.config import Config
+from common.config_checks import check
+from common.configuration import dump, flatten, from_dict, load, merge, presets, to_dict
 from common.types import UserError
+from common.yaml_file import read_yaml
 
 METHODS, SIZES = presets("method"), presets("size")
 GOAL, VELOCITY = "SafetyPointGoal1-v0", "SafetyHopperVelocity-v1"
@@ -251,7 +254,7 @@ def test_task_presets():
 @given(st.floats(min_value=1e-30, max_value=1e30), st.integers(min_value=0, max_value=10**12))
 def test_every_number_survives_the_file(number, whole):
     config = with_changes(world_model={"lr": number}, seed=whole)
-    assert from_dict(yaml.load(dump(config), configuration._Loader), "file") == config
+    assert from_dict(yaml.load(dump(config), yaml_file._Loader), "file") == config
 
 
 def test_unknown_presets_are_refused_with_the_nearest_name():
@@ -356,7 +359,7 @@ def test_flatten_names_every_leaf_once():
 def test_the_schema_is_frozen_and_every_field_is_explained():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 3  # pyright: ignore[reportAttributeAccessIssue]
-    source = Path(configuration.__file__).read_text()
+    source = Path(config.__file__).read_text()
     for name, value in flatten(to_dict(Config())).items():
         line = next(i for i, text in enumerate(source.splitlines()) if f"    {name.split('.')[-1]}: " in text)
         assert '"""' in source.splitlines()[line + 1], f"{name} ({value!r}) has no explanation"

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from common.config import Config, load, merge
+from common.config import Config
+from common.configuration import load, merge
 
 # Networks and batches for runs whose result does not matter, on the real default task.
 TINY: dict[str, Any] = {
@@ -60,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[...,
 
 def meta_of(cfg: Config, env_steps: int) -> dict[str, Any]:
     """What the driver tells a checkpoint."""
-    from common.config import to_dict
+    from common.configuration import to_dict
     from deploy.outcome import Counters
 
     counters = Counters(env_steps=env_steps, agent_steps=env_steps // cfg.env.action_repeat)

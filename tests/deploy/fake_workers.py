@@ -11,7 +11,8 @@ from typing import Any
 
 from actors.inference_server import InferenceReport
 from actors.rollout import RolloutReport
-from common.config import Config, from_dict
+from common.config import Config
+from common.configuration import from_dict
 from common.status import Status
 from common.types import ArraySpec, EnvSpec, EpisodeResult
 from deploy.driver import Driver

@@ -18,9 +18,11 @@ import pytest
 
 from actors import rendering
 from actors.tasks import list_tasks
-from common import config as configuration
-from common.config import Config, flatten, from_dict, load, presets, read_yaml, to_dict
+from common import configuration
+from common.config import Config
+from common.configuration import flatten, from_dict, load, presets, to_dict
 from common.types import UserError
+from common.yaml_file import read_yaml
 from deploy import run_dir as runs
 from deploy.cli import main
 from tests.deploy.conftest import meta_of

@@ -22,7 +22,7 @@ import requests
 import yaml
 
 from common import checkpoint
-from common.config import to_dict
+from common.configuration import to_dict
 from common.metrics import METRICS
 from common.sinks import read_jsonl
 from deploy import run_dir as runs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import check
+from common.config_checks import check
 from deploy.flags import parse_train
 from deploy.jobs import STOP_SECONDS
 from deploy.shipping import ROOT

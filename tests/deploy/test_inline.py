@@ -63,7 +63,7 @@ def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed, inference, pre
 
 
 def test_the_augmented_agent_keeps_the_limit(tmp_path):
-    augmented = {"multiplier": 0.0, "penalty": 2e-3, "growth": 0.0, "cap": 1.0}
+    augmented = {"multiplier": 0.0, "penalty": 2e-3, "growth": 0.0, "cap": 0.25}
     safety = {"constraint": "augmented", "cost_limit": 0.5, "augmented": augmented}
     _, outcome = run_of(tmp_path, safety=safety)
     assert outcome.summary["eval/cost"] < COST_LIMIT

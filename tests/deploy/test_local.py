@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from common import checkpoint
-from common.config import Config, to_dict
+from common.config import Config
+from common.configuration import to_dict
 from common.metrics import EPISODES, METRICS
 from common.sinks import read_jsonl
 from common.types import UserError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.config import Config, from_dict
+from common.config import Config
+from common.configuration import from_dict
 from deploy.accelerators import Shares
 from deploy.room import bundles_of, gpus_of, missing, sentence
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.config import Config, merge
+from common.config import Config
+from common.configuration import merge
 from common.types import UserError
 from deploy import run_dir as runs
 from tests.deploy.conftest import meta_of

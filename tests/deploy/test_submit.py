@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import dump
+from common.configuration import dump
 from common.types import UserError
 from deploy import jobs, joining
 from deploy.cli import main

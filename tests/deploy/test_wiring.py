@@ -11,17 +11,9 @@ import pytest
 
 from actors import rendering, tasks
 from actors.evaluate import evaluation_seeds
-from common.config import (
-    OF_LATENT,
-    Config,
-    EnvConfig,
-    SafetyConfig,
-    WorldModelConfig,
-    load,
-    merge,
-    presets,
-    unread,
-)
+from common.config import Config, EnvConfig, SafetyConfig, WorldModelConfig
+from common.config_checks import OF_LATENT, unread
+from common.configuration import load, merge, presets
 from common.types import EnvSpec, UserError, replay_spec
 from deploy import wiring
 from deploy.train import check

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from common.config import merge
+from common.configuration import merge
 from common.types import UserError
 from learner.cost_model import learned_cost
 from learner.lagrange import augmented

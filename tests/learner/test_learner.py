@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.config import Config, merge
+from common.config import Config
+from common.configuration import merge
 from common.types import ArraySpec, EnvSpec, EpisodeResult, UserError, replay_spec
 from learner.lagrange import Constraint
 from learner.learner import Learner

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.config import Config, merge
+from common.config import Config
+from common.configuration import merge
 from common.types import ArraySpec
 from learner.codec import Conv, Deconv
 from learner.cost_model import learned_cost

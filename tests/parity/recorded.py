@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.config import Config, load, merge
+from common.config import Config
+from common.configuration import load, merge
 from common.types import ArraySpec, Batch, EnvSpec
 from deploy import wiring
 from learner.distributions import OneHot, straight_through

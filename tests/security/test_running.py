@@ -21,7 +21,8 @@ import psutil
 import pytest
 import yaml
 
-from common.config import Config, load, merge, to_dict
+from common.config import Config
+from common.configuration import load, merge, to_dict
 from common.metrics import METRICS
 from common.sinks import read_jsonl
 from deploy import run_dir as runs
