@@ -18,17 +18,17 @@ from actors.inference import Answer, Request
 from actors.rollout import RolloutReport
 from common import memory
 from common.config import Config
-from common.metrics import MetricsWriter
 from common.types import EnvSpec, UserError
 from deploy import run_dir as runs
 from deploy import shipping, signals, wiring
 from deploy.accelerators import card
 from deploy.cluster import Cluster, Options, Placement, ThisMachine
 from deploy.joining import connect
+from deploy.light_parts import Metrics, Replay
 from deploy.weights import Holder, RayHolder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
 from replay import binding
-from replay.server import ReplayInfo, ReplayServer, ports_from
+from replay.server import ports_from
 
 _STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
 _ANSWER_SECONDS = 1.0  # an actor looks up from its wait for a decision this often
@@ -58,30 +58,6 @@ class RayProxy:
             lambda done: _settle(answer, done)
         )
         return answer
-
-
-class _Replay:
-    """A replay server in a process of its own; what Reverb says goes to a file, not across the view."""
-
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, shard: int, port: int, host: str):
-        with open(run / runs.REPLAY_LOG, "a") as file:
-            os.dup2(file.fileno(), 2)
-        self._server = ReplayServer(
-            **wiring.replay_arguments(cfg, spec, shard),
-            port=port,
-            host=host,
-            checkpoint_dir=runs.replay_dir(run, shard, cfg.replay.shards),
-        )
-
-    def start(self) -> list[str]:
-        """Sentences about damaged checkpoints, once it serves."""
-        return self._server.messages
-
-    def checkpoint(self) -> Path:
-        return self._server.checkpoint()
-
-    def info(self) -> ReplayInfo:
-        return self._server.info()
 
 
 class _Learner(LearnerWorker):
@@ -159,14 +135,6 @@ class _Evaluator(EvaluatorWorker):
         super().__init__(cfg, spec, RayHolder(holder))
 
 
-class _Metrics(MetricsWriter):
-    """A cluster's processes do not inherit the driver's environment, and what Ray is told, it shows."""
-
-    def __init__(self, environ: dict[str, str], *rest: Any):
-        os.environ.update(environ)
-        super().__init__(*rest)
-
-
 class RayWorkers:
     """The `deploy.driver.Workers` under Ray: on the configured cluster, else under a Ray of its own, unless
     this process has joined or started one already.
@@ -197,9 +165,13 @@ class RayWorkers:
             raise
 
     def replay(self, shard: int) -> RayProxy:
-        arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard], self._host)
+        arguments = wiring.replay_arguments(self._cfg, self._spec, shard) | {
+            "port": self._ports[shard],
+            "host": self._host,
+            "checkpoint_dir": runs.replay_dir(self._run, shard, self._cfg.replay.shards),
+        }
         place = self._placed.replay()
-        return RayProxy(self._start(f"replay{shard}", _Replay, *arguments, place=place, env=_ON_CPU))
+        return RayProxy(self._start(f"replay{shard}", Replay, self._run, arguments, place=place, env=_ON_CPU))
 
     def learner(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._run, self._holder, self._addresses)
@@ -224,7 +196,7 @@ class RayWorkers:
     def metrics(self, cfg: dict[str, Any], resume_env_steps: int | None) -> RayProxy:
         environ = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
         arguments = (environ, self._run, self._cfg.logging, cfg, resume_env_steps)
-        return RayProxy(self._start("metrics", _Metrics, *arguments, place=self._placed.beside_driver()))
+        return RayProxy(self._start("metrics", Metrics, *arguments, place=self._placed.beside_driver()))
 
     def actor(self, index: int, life: int, prefill: int) -> RayProxy:
         server = lambda: self._handles.get("inference")  # noqa: E731
@@ -265,6 +237,8 @@ def start_ray() -> None:
     """A Ray on this machine for this process alone. Raises UserError with the nearest right thing to do."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    # Every part has an environment of its own: workers that are started in advance would stay idle.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Ray's helpers import for longer than its 30 s on a busy laptop; its end would be ours, without a word.
     os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
     if not sys.stderr.isatty():

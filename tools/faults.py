@@ -68,10 +68,10 @@ FLAGS: Dict[str, Any] = {
 TITLES = {
     "actor": "ray::_Actor",
     "learner": "ray::_Learner",
-    "replay": "ray::_Replay",
+    "replay": "ray::Replay",
     "inference": "ray::_Inference",
     "evaluator": "ray::_Evaluator",
-    "metrics": "ray::_Metrics",
+    "metrics": "ray::Metrics",
     "holder": "ray::Holder",
 }
 

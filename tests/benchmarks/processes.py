@@ -14,10 +14,10 @@ import psutil
 _PARTS = {
     "_Actor": "actor",
     "_Learner": "learner",
-    "_Replay": "replay",
+    "Replay": "replay",
     "_Evaluator": "evaluator",
     "Holder": "weights",
-    "MetricsWriter": "metrics",
+    "Metrics": "metrics",
 }
 _END_SECONDS = 120.0  # for a last checkpoint
 

@@ -33,6 +33,8 @@ from replay.server import free_ports
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds, for a machine that does much else
 CPUS = 4  # learner and replay two, one actor, the evaluator
+# How the titles of processes begin that are parts of runs.
+PARTS = ("ray::_", "ray::Holder", "ray::Replay", "ray::Metrics")
 KEY = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -54,9 +56,7 @@ class Head(NamedTuple):
         found = []
         for process in self.process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found += [
-                    word for word in process.cmdline()[:1] if word.startswith(("ray::_", "ray::Holder"))
-                ]
+                found += [word for word in process.cmdline()[:1] if word.startswith(PARTS)]
         return found
 
 

@@ -149,7 +149,7 @@ def test_a_run_under_ray_survives_a_killed_actor(ray_session, tmp_path, tiny_con
     table = capsys.readouterr().out
     assert "realised train ratio" in table
     assert f"run: {run}" in table
-    leftover = parts_of(mine, "ray::_")
+    leftover = [process for kind in ("_", "Replay", "Metrics") for process in parts_of(mine, f"ray::{kind}")]
     _, alive = psutil.wait_procs(leftover, 20)
     assert not alive, "parts of a run outlive it"
 
