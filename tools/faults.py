@@ -57,7 +57,7 @@ FLAGS: Dict[str, Any] = {
     "learner.publish-every": 2,
     "replay.capacity": 4_000,
     "replay.stride": 2,
-    "evaluation.every": 1_000,
+    "evaluation.every": 4_000,
     "evaluation.episodes": 1,
     "evaluation.final-episodes": 1,
     "checkpoint.every-seconds": 10,

@@ -26,6 +26,8 @@ TINY: dict[str, Any] = {
         "bins": 11,
     },
     "behavior": {"layers": 1, "units": 16, "horizon": 3, "imagine_starts": 8},
+    # Shapes as in tools/faults.py: what is compiled for one is found in the cache by the other.
+    "planner": {"samples": 8, "elites": 2, "iterations": 1, "horizon": 3},
     "learner": {"batch_size": 4, "batch_length": 8, "train_ratio": 8.0, "prefill": 200, "publish_every": 2},
     "replay": {"capacity": 4_000, "stride": 2},
     "evaluation": {"every": 0, "episodes": 1, "final_episodes": 1},
