@@ -95,7 +95,7 @@ def _is_address(text: str) -> bool:
         return False
 
 
-OF_LATENT = (
+SHAPES_OF_LATENT = (
     "deter",
     "units",
     "stoch",
@@ -104,6 +104,10 @@ OF_LATENT = (
     "encoder_units",
     "cnn_depth",
     "head_layers",
+)
+"""Settings of the world model from which the arrays of an agent with a latent state get their shapes."""
+OF_LATENT = (
+    *SHAPES_OF_LATENT,
     "image_loss_scale",
     "vector_loss_scale",
     "geometry_loss_scale",

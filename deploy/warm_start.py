@@ -14,6 +14,7 @@ import jax
 
 from common import checkpoint, configuration
 from common.config import Config
+from common.config_checks import SHAPES_OF_LATENT
 from common.types import EnvSpec, UserError
 from common.untrusted import is_count, read_json, shown
 from deploy import run_dir as runs
@@ -27,20 +28,7 @@ _FIXED = (
     "size",
     "env.observation",
     "env.cameras",
-    *(
-        f"world_model.{name}"
-        for name in (
-            "deter",
-            "units",
-            "stoch",
-            "classes",
-            "encoder_layers",
-            "encoder_units",
-            "cnn_depth",
-            "head_layers",
-            "bins",
-        )
-    ),
+    *(f"world_model.{name}" for name in ("latent", *SHAPES_OF_LATENT, "body_units", "bins")),
     "behavior.layers",
     "behavior.units",
 )

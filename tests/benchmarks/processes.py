@@ -16,6 +16,7 @@ _PARTS = {
     "_Learner": "learner",
     "Replay": "replay",
     "_Evaluator": "evaluator",
+    "_Inference": "inference",
     "Holder": "weights",
     "Metrics": "metrics",
 }

@@ -241,7 +241,9 @@ def test_uv_of_the_machine_installs_the_lock(commands, lock: Path, monkeypatch: 
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/uv")
     bootstrap.install_lock(Path("v"), lock)
     assert len(commands[0]) == 1
-    assert re.fullmatch(rf"/bin/uv pip install .*--python v/bin/python --no-deps -r {lock}", commands[0][0])
+    assert re.fullmatch(
+        rf"/bin/uv pip install --compile-bytecode .*--python v/bin/python --no-deps -r {lock}", commands[0][0]
+    )
 
 
 def test_uv_is_fetched_where_there_is_none(commands, lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:

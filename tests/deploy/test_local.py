@@ -107,6 +107,15 @@ def test_an_error_in_a_constructor_is_the_answer_to_every_call(remote):
     assert str(error) == "Port 1 can not be used: choose another."
 
 
+def test_replay_and_metrics_start_without_what_only_others_need():
+    heavy = "{'jax', 'equinox', 'optax', 'mujoco', 'tensorflow'}"
+    program = f"import sys, deploy.light_parts; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def parts_of(parent: psutil.Process, name: str) -> list[psutil.Process]:
     """Processes below `parent` whose command line holds `name`; one that has ended has no command line."""
     found = []
@@ -297,3 +306,5 @@ def test_ctrl_c_before_anything_is_trained_leaves_nothing(safedreamer, tmp_path,
     assert not started.orphans()
     assert not run.exists()
     assert "Traceback" not in started.output
+    assert "world_model.deter, " in started.output  # that it was said before: nothing reads it here
+    assert "have no effect on an agent without a latent" in started.output

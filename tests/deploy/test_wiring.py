@@ -129,7 +129,7 @@ def test_a_latent_is_learned_where_cameras_see():
         assert isinstance(jax.eval_shape(train.init, 0).model, kind)
 
 
-def test_what_is_said_to_have_no_effect_without_a_latent_is_what_nothing_reads(monkeypatch):
+def test_what_is_said_to_have_no_effect_without_a_latent_is_what_nothing_reads():
     read = set()
 
     class Watched(WorldModelConfig):
