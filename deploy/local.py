@@ -239,6 +239,8 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
     # Every part has an environment of its own: workers that are started in advance would stay idle.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # Nobody can ask this Ray what calls there were, and it would keep the last 100,000.
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     # Ray's helpers import for longer than its 30 s on a busy laptop; its end would be ours, without a word.
     os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
     if not sys.stderr.isatty():

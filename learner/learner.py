@@ -37,10 +37,6 @@ class LearnerReport:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-# To optimise a program that runs once takes longer than it saves: a start takes a third of the time.
-_RUNS_ONCE = {"xla_backend_optimization_level": 0}
-
-
 class Learner:
     """Owns the TrainState. One instance per run, in one process.
 
@@ -60,8 +56,7 @@ class Learner:
         self._train, self._source, self._publish_to, self._dump_dir = train, source, publish, dump_dir
         self._cfg = train.cfg.learner
         self._place = place(self._cfg.devices, self._cfg.batch_size)
-        init = jax.jit(train.init, out_shardings=self._place.state, compiler_options=_RUNS_ONCE)
-        self._state: TrainState = init(train.cfg.seed)
+        self._state = train.start(self._place.state)
         self._on_episode = jax.jit(train.constraint.on_episode, out_shardings=self._place.state)
         self._updates = 0
         self._version = 0

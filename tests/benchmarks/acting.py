@@ -117,7 +117,7 @@ def split(method: str) -> dict[str, float]:
 
 def _parameters(cfg: Config, spec: EnvSpec) -> list[np.ndarray]:
     train = wiring.train_step(cfg, spec)
-    return jax.device_get(jax.tree.leaves(train.acting(jax.jit(train.init)(0))))
+    return jax.device_get(jax.tree.leaves(train.acting(train.start())))
 
 
 class _Source:

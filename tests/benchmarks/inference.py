@@ -66,7 +66,7 @@ def _compare(method: str) -> tuple[Time, Time, float]:
     )
     spec = wiring.spec_of(cfg)
     train = wiring.train_step(cfg, spec)
-    source = _Source(jax.device_get(jax.tree.leaves(train.acting(jax.jit(train.init)(0)))))
+    source = _Source(jax.device_get(jax.tree.leaves(train.acting(train.start()))))
     rng = np.random.default_rng(0)
     obs = {name: rng.normal(size=(1, *x.shape)).astype(x.dtype) for name, x in spec.obs.items()}
     first = np.zeros(1, bool)

@@ -102,7 +102,7 @@ def planning() -> Iterator[Row]:
 def _decision(cfg: Config, spec: EnvSpec, environments: int) -> tuple[Callable[[], None], float, float]:
     """One decision for all environments, seconds of its compilation, its matrix products in units."""
     train = wiring.train_step(cfg, spec)
-    params = train.acting(jax.jit(train.init)(0))
+    params = train.acting(train.start())
     policy = wiring.policy(cfg, spec, explore=True)
     rng = np.random.default_rng(0)
     obs = {

@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -33,15 +33,22 @@ def line_task(monkeypatch: pytest.MonkeyPatch) -> None:
     synthetic.use_line_task(monkeypatch)
 
 
-def run_of(tmp_path: Path, **changes: Any) -> tuple[list[dict[str, Any]], Outcome]:
-    """Rows of its metrics, and how a run ended that must end well."""
+class Ended(NamedTuple):
+    """A run that must end well."""
+
+    run: Path
+    rows: list[dict[str, Any]]  # of its metrics
+    outcome: Outcome
+
+
+def end_of(directory: Path, **changes: Any) -> Ended:
     settings = {"env_steps": ENV_STEPS, "evaluation": {"every": 0}, "logging": {"every_seconds": 0.2}}
     cfg = synthetic.config(**settings | changes)
-    run = runs.create(tmp_path / "run", cfg)
+    run = runs.create(directory / "run", cfg)
     outcome = train(cfg, run, resume=False)
     assert outcome.counters.env_steps >= ENV_STEPS
     assert outcome.summary is not None
-    return read_jsonl(run / METRICS), outcome
+    return Ended(run, read_jsonl(run / METRICS), outcome)
 
 
 def once(action: Callable[[], Any]) -> Callable[[], Any]:
@@ -54,7 +61,7 @@ def fail(error: Exception) -> None:
     raise error
 
 
-def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+def spoil_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     step = synthetic.LineEnv.step
     steps = iter(range(10**9))
 
@@ -65,13 +72,9 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch
         return outcome
 
     monkeypatch.setattr(synthetic.LineEnv, "step", spoiled)
-    rows, outcome = run_of(tmp_path)
-    assert any(row.get("train/bad_in_row", 0) > 0 for row in rows)
-    assert outcome.counters.updates > 0
-    assert np.isfinite([row["eval/return"] for row in rows if "eval/return" in row]).all()
 
 
-def test_an_environment_that_raises_costs_its_actor_and_no_other(tmp_path, monkeypatch):
+def break_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     step = synthetic.LineEnv.step
     break_down = once(lambda: fail(RuntimeError("the simulator diverged")))
 
@@ -81,14 +84,9 @@ def test_an_environment_that_raises_costs_its_actor_and_no_other(tmp_path, monke
         return step(env, actions)
 
     monkeypatch.setattr(synthetic.LineEnv, "step", breaking)
-    rows, outcome = run_of(tmp_path, actors={"count": 2, "envs": 8})
-    assert outcome.counters.restarts == 1
-    sources = {row["source"].partition("/")[0] for row in read_jsonl(tmp_path / "run" / EPISODES)}
-    assert sources == {"actor0", "actor1"}
-    assert not any(row.get("replay/mixed") for row in rows)
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch):
+def fill_the_disk_once(monkeypatch: pytest.MonkeyPatch) -> None:
     write = checkpoint.write_manifest
     fill_up = once(lambda: fail(OSError(errno.ENOSPC, "No space left on device")))
 
@@ -97,14 +95,9 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch):
         write(*args)
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
-    rows, outcome = run_of(tmp_path, checkpoint={"every_seconds": 0.5})
-    assert max(row.get("time/failed_saves", 0) for row in rows) == 1
-    newest = checkpoint.latest(tmp_path / "run" / runs.CHECKPOINTS)
-    assert newest is not None
-    assert checkpoint.read_meta(newest)["env_steps"] == outcome.counters.env_steps
 
 
-def test_a_learner_that_fails_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+def lose_the_device_after_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     update, save = Learner._update, Learner.save
     saved = threading.Event()
     break_down = once(lambda: fail(RuntimeError("the device is lost")))
@@ -116,22 +109,65 @@ def test_a_learner_that_fails_goes_on_from_its_checkpoint(tmp_path, monkeypatch)
 
     def saving(learner: Learner, *args: Any) -> None:
         save(learner, *args)
-        saved.set()
+        if learner._updates > 20:
+            saved.set()
 
     monkeypatch.setattr(Learner, "_update", failing)
     monkeypatch.setattr(Learner, "save", saving)
-    rows, outcome = run_of(tmp_path, checkpoint={"every_seconds": 0.5})
-    assert outcome.counters.restarts == 1
-    updates = [row["train/updates"] for row in rows if "train/updates" in row]
+
+
+@pytest.fixture(scope="module")
+def unlucky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
+    """A run in which four things go wrong, once each; a test for each says what came of it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        synthetic.use_line_task(monkeypatch)
+        spoil_a_reward(monkeypatch)
+        break_an_environment(monkeypatch)
+        fill_the_disk_once(monkeypatch)
+        lose_the_device_after_a_checkpoint(monkeypatch)
+        yield end_of(
+            tmp_path_factory.mktemp("unlucky"),
+            actors={"count": 2, "envs": 8},
+            checkpoint={"every_seconds": 0.5},
+        )
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(unlucky):
+    assert any(row.get("train/bad_in_row", 0) > 0 for row in unlucky.rows)
+    assert unlucky.outcome.counters.updates > 0
+    assert np.isfinite([row["eval/return"] for row in unlucky.rows if "eval/return" in row]).all()
+
+
+def test_an_environment_that_raises_costs_its_actor_and_no_other(unlucky):
+    recovered = {name for row in unlucky.rows for name in row if name.startswith("recovered/")}
+    assert len(recovered & {"recovered/actor0", "recovered/actor1"}) == 1
+    sources = {row["source"].partition("/")[0] for row in read_jsonl(unlucky.run / EPISODES)}
+    assert sources == {"actor0", "actor1"}
+    assert not any(row.get("replay/mixed") for row in unlucky.rows)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(unlucky):
+    assert max(row.get("time/failed_saves", 0) for row in unlucky.rows) == 1
+    newest = checkpoint.latest(unlucky.run / runs.CHECKPOINTS)
+    assert newest is not None
+    assert checkpoint.read_meta(newest)["env_steps"] == unlucky.outcome.counters.env_steps
+
+
+def test_a_learner_that_fails_goes_on_from_its_checkpoint(unlucky):
+    counters = unlucky.outcome.counters
+    updates = [row["train/updates"] for row in unlucky.rows if "train/updates" in row]
     assert updates == sorted(updates)
-    assert outcome.counters.updates > outcome.counters.lost_updates
-    assert any("recovered/learner" in row for row in rows)
+    assert counters.updates > counters.lost_updates
+    assert any("recovered/learner" in row for row in unlucky.rows)
+
+
+def test_nothing_but_what_failed_was_started_anew(unlucky):
+    assert unlucky.outcome.counters.restarts == 2  # an actor and the learner
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_killed_server_process_is_replaced_and_its_losses_are_counted(tmp_path, shards):
-    run = tmp_path / "run"
-    checkpoint_dir = runs.replay_dir(run, 0, shards)
+    checkpoint_dir = runs.replay_dir(tmp_path / "run", 0, shards)
 
     def kill() -> None:
         deadline = time.monotonic() + 120
@@ -145,7 +181,7 @@ def test_a_killed_server_process_is_replaced_and_its_losses_are_counted(tmp_path
     threading.Thread(target=kill, daemon=True).start()
     several = {"replay": {"capacity": 20_000, "stride": 4, "shards": 2}, "actors": {"count": 2, "envs": 8}}
     changes = several if shards == 2 else {}
-    rows, outcome = run_of(tmp_path, env_steps=15_000, checkpoint={"every_seconds": 0.5}, **changes)
+    _, rows, outcome = end_of(tmp_path, env_steps=15_000, checkpoint={"every_seconds": 0.5}, **changes)
     assert outcome.counters.restarts == 1
     assert any(name.startswith("recovered/replay") for row in rows for name in row)
     assert 0 <= outcome.counters.lost_steps < outcome.counters.agent_steps

@@ -132,26 +132,6 @@ def test_a_resumed_run_continues_its_curve_and_its_replay(tmp_path):
     assert checkpoint.read_meta(newest)["updates"] == second.updates
 
 
-def test_a_broken_environment_is_replaced_and_nothing_else_stops(tmp_path, monkeypatch):
-    broken = threading.Event()
-    step = synthetic.LineEnv.step
-
-    def breaking(env: synthetic.LineEnv, actions: Any) -> Any:
-        if env._seeds is None and env._length.max() > 30 and not broken.is_set():
-            broken.set()
-            raise RuntimeError("the simulator diverged")
-        return step(env, actions)
-
-    monkeypatch.setattr(synthetic.LineEnv, "step", breaking)
-    run, outcome = run_of(tmp_path, env_steps=4_000, evaluation={"every": 0}, actors={"count": 2, "envs": 8})
-    assert broken.is_set()
-    assert outcome.counters.restarts == 1
-    assert outcome.counters.env_steps >= 4_000
-    assert outcome.counters.updates > 0
-    sources = {row["source"].partition("/")[0] for row in read_jsonl(run / EPISODES)}
-    assert sources == {"actor0", "actor1"}
-
-
 def test_sigint_saves_and_the_run_can_go_on(tmp_path):
     cfg = synthetic.config(env_steps=10**6, evaluation={"every": 0})
     run = runs.create(tmp_path / "run", cfg)

@@ -19,6 +19,8 @@ from deploy import wiring
 from deploy.train import check
 from learner.scene import SceneModel
 from learner.world_model import WorldModel
+from tests.deploy.conftest import TINY
+from tests.learner.tiny import filled
 from tests.synthetic import LineEnv, line_spec
 
 GOAL, VELOCITY = "SafetyPointGoal1-v0", "SafetyHopperVelocity-v1"
@@ -67,10 +69,10 @@ def test_every_method_trains_and_acts_on_its_parameters(method, size):
 
 
 def test_published_parameters_act_the_same_and_hold_no_module():
-    cfg = load("osrp_lag", "nano", GOAL)
+    cfg = merge(load("osrp_lag", "nano", GOAL), TINY, "tiny")
     spec = wiring.spec_of(cfg)
     train = wiring.train_step(cfg, spec)
-    params = train.acting(jax.jit(train.init)(0))
+    params = train.acting(filled(lambda: train.init(0)))
     leaves = pickle.loads(pickle.dumps(jax.device_get(jax.tree.leaves(params))))
     assert all(type(leaf) is np.ndarray for leaf in leaves)
     whole, flat = (make(cfg, spec, explore=True) for make in (wiring.policy, wiring.published_policy))

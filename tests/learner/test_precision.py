@@ -178,7 +178,7 @@ def test_gradients_of_the_world_model_are_near_those_of_float32() -> None:
 @pytest.fixture(scope="module")
 def trained() -> tuple[TrainState, TrainState, dict[str, Any]]:
     train = seeing("bfloat16")
-    start = jax.jit(train.init)(0)
+    start = train.start()
     state, metrics = jax.jit(train.step)(start, seen())
     return start, state, metrics
 

@@ -43,7 +43,7 @@ def build(
 
 @pytest.fixture(scope="module")
 def start() -> TrainState:
-    return jax.jit(build().init)(0)
+    return build().start()
 
 
 @pytest.fixture(scope="module")

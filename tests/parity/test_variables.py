@@ -139,7 +139,7 @@ def test_optimiser_states_that_do_not_fit_are_named(vector: System) -> None:
 @pytest.fixture(scope="module")
 def initial(augmented: System) -> dict[str, np.ndarray]:
     """A fresh state's variables, by their published names."""
-    state = leaves_of(jax.device_get(jax.jit(augmented.train.init)(0)))
+    state = leaves_of(jax.device_get(augmented.train.start()))
     variables: dict[str, list[np.ndarray]] = {}
     for row in rows(augmented.state):
         variables.setdefault(row.name, []).append(np.asarray(state[row.path]))
