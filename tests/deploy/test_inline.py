@@ -13,12 +13,14 @@ import pytest
 
 from common import checkpoint
 from common.config import Config
+from common.configuration import merge
 from common.metrics import EPISODES, METRICS
 from common.sinks import read_jsonl
 from common.types import UserError, replay_spec
 from deploy import run_dir as runs
 from deploy import wiring
 from deploy.inline import ThreadProxy
+from deploy.outcome import Counters
 from deploy.train import train
 from replay.table import table_spec
 from tests import synthetic
@@ -95,15 +97,33 @@ def limiter_slack(cfg: Config) -> float:
     return (high - low + streams * table.samples_per_insert) * cfg.learner.batch_length
 
 
-def test_a_resumed_run_continues_its_curve_and_its_replay(tmp_path):
-    logging = {"every_seconds": 0.2}
-    evaluation = {"every": 1_500, "episodes": 2, "final_episodes": 2}
-    first_part = synthetic.config(env_steps=4_000, logging=logging, evaluation=evaluation)
-    run = runs.create(tmp_path / "run", first_part)
-    first = train(first_part, run, resume=False).counters
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, Counters]:
+    """A run that has ended, how it was configured, and what it counted."""
+    cfg = synthetic.config(
+        env_steps=4_000,
+        logging={"every_seconds": 0.2},
+        evaluation={"every": 1_500, "episodes": 2, "final_episodes": 2},
+    )
+    run = runs.create(tmp_path_factory.mktemp("finished") / "run", cfg)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        synthetic.use_line_task(monkeypatch)
+        return run, cfg, train(cfg, run, resume=False).counters
+
+
+def test_a_replay_buffer_of_another_definition_is_refused(finished):
+    """Whoever edits a run's configuration by hand hears of it before anything starts."""
+    run, cfg, _ = finished
+    other = merge(cfg, {"env_steps": 5_000, "replay": {"capacity": 10_000}}, "test")
+    with pytest.raises(UserError, match=r"another max_size .*keep replay\.capacity as it was"):
+        train(other, run, resume=True)
+
+
+def test_a_resumed_run_continues_its_curve_and_its_replay(finished):
+    run, cfg, first = finished
     rows = read_jsonl(run / METRICS)
 
-    cfg = synthetic.config(env_steps=5_000, logging=logging, evaluation=evaluation)
+    cfg = merge(cfg, {"env_steps": 5_000}, "test")
     second = train(cfg, run, resume=True).counters
     assert 5_000 <= second.env_steps <= 5_000 + 16 * 2
     assert runs.read_config(run) == cfg
@@ -154,14 +174,6 @@ def test_sigint_saves_and_the_run_can_go_on(tmp_path):
     assert meta["env_steps"] == outcome.counters.env_steps
     assert meta["updates"] == outcome.counters.updates > 10
     assert (run / runs.PLOT).is_file()
-
-
-def test_a_replay_buffer_of_another_definition_is_refused(tmp_path):
-    """Whoever edits a run's configuration by hand hears of it before anything starts."""
-    run, _ = run_of(tmp_path, env_steps=2_500, evaluation={"every": 0, "final_episodes": 1})
-    other = synthetic.config(env_steps=5_000, replay={"capacity": 10_000})
-    with pytest.raises(UserError, match=r"another max_size .*keep replay\.capacity as it was"):
-        train(other, run, resume=True)
 
 
 # --- the threads --------------------------------------------------------------------------------

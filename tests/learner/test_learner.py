@@ -15,7 +15,7 @@ from common.config import Config
 from common.configuration import merge
 from common.types import ArraySpec, EnvSpec, EpisodeResult, UserError, replay_spec
 from learner.lagrange import Constraint
-from learner.learner import Learner
+from learner.learner import Learner, _compiler_options
 
 SPEC = EnvSpec("Fake", {"vector": ArraySpec((2,))}, 1, 5, 100)
 CONFIG = merge(
@@ -57,8 +57,9 @@ class FakeTrain:
         ),
     )
 
-    def init(self, seed: int) -> State:
-        return State(jnp.asarray(float(0)) + 0 * seed, self.constraint.init(), jnp.zeros((), jnp.int32))
+    def start(self, sharding: Any) -> State:
+        zero = State(jnp.zeros(()), self.constraint.init(), jnp.zeros((), jnp.int32))
+        return jax.device_put(zero, sharding)
 
     def step(self, state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
         amount = batch["reward"].sum()
@@ -215,3 +216,10 @@ def test_single_bad_updates_are_survived(tmp_path):
     assert report.updates == 20
     assert total(learner, published) == 60.0
     assert not list(tmp_path.glob("*.npz"))
+
+
+def test_an_optimisation_level_of_the_users_own_wins(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert _compiler_options() == {"xla_backend_optimization_level": "1"}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3 --xla_dump_to=somewhere")
+    assert _compiler_options() is None
