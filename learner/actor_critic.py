@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from common.config import BehaviorConfig, WorldModelConfig
 from learner.cost_model import LATENT, Features, SignalModel, State, follow, learned_reward, start_of
 from learner.distributions import BoundedNormal, TwoHot
-from learner.layers import MLP, Head, Linear
+from learner.layers import MLP, Head, Inputs, Linear
 from learner.returns import lambda_return, trajectory_weight
 from learner.world_model import Model
 
@@ -32,7 +32,7 @@ class Actor(eqx.Module):
     def action_size(self) -> int:
         return self.mean.weight.shape[1]
 
-    def __call__(self, feat: Float[Array, "*n F"]) -> BoundedNormal:
+    def __call__(self, feat: Inputs) -> BoundedNormal:
         x = self.mlp(feat)
         return BoundedNormal.from_raw(self.mean(x), self.std(x))
 
@@ -50,10 +50,10 @@ class Critic(eqx.Module):
         self.slow = jax.tree.map(jnp.copy, self.fast)
         self.bins, self.bin_range = model.bins, model.bin_range
 
-    def value(self, feat: Float[Array, "*n F"]) -> TwoHot:
+    def value(self, feat: Inputs) -> TwoHot:
         return self._two_hot(self.fast, feat)
 
-    def slow_value(self, feat: Float[Array, "*n F"]) -> TwoHot:
+    def slow_value(self, feat: Inputs) -> TwoHot:
         return self._two_hot(self.slow, feat)
 
     def with_fast(self, fast: Head) -> Critic:
@@ -64,7 +64,7 @@ class Critic(eqx.Module):
         slow = jax.tree.map(lambda s, f: s + rate * (f - s), self.slow, self.fast)
         return eqx.tree_at(lambda c: c.slow, self, slow)
 
-    def _two_hot(self, head: Head, feat: Array) -> TwoHot:
+    def _two_hot(self, head: Head, feat: Inputs) -> TwoHot:
         return TwoHot(head(feat), jnp.linspace(-self.bin_range, self.bin_range, self.bins))
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from common.types import VECTOR
 from learner.codec import Obs
 from learner.geometry import distance, within
+from learner.layers import join
 from learner.layout import Layout
 from learner.rssm import Latent
 from learner.scene import Scene, imagine_next_goal, seen
@@ -114,7 +115,7 @@ class Features(NamedTuple):
     """What actor and critics read of a state: `extra` numbers more than the latent's `feat`."""
 
     extra: int
-    read: Callable[[State], Float[Array, "*n F"]]
+    read: Callable[[State], Any]  # [*n, F]
 
 
 LATENT = Features(0, lambda state: state.latent.feat)
@@ -133,7 +134,7 @@ def scene_features(layout: Layout) -> Features:
     shown = layout.shown
     sensors = sum(stop - start for start, stop in layout.sensors)
 
-    def read(state: State) -> Float[Array, "*n F"]:
+    def read(state: State) -> Any:
         scene = _tracked(state)
         obstacles = scene.obstacles
         if shown:
@@ -150,7 +151,7 @@ def scene_features(layout: Layout) -> Features:
             obstacles.reshape(*obstacles.shape[:-2], -1),
             jnp.ones_like(far),  # keeps the size of all these through the first LayerNorm
         ]
-        return jnp.concatenate(parts, -1)
+        return join(*parts)
 
     return Features(sensors + 3 + 3 + 3 * shown + 1, read)
 

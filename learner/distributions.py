@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from learner.layers import symexp, symlog
 
@@ -50,16 +50,20 @@ class OneHot(NamedTuple):
 
         By the inverse of the cumulative distribution: one random number per categorical, not K.
         """
+        drawn = jax.nn.one_hot(self.classes_with(uniform), self.probs.shape[-1])
+        return straight_through(drawn, self.probs)
+
+    def classes_with(self, uniform: Float[Array, "*n S"] | None) -> Int[Array, "*n S"]:
+        """The classes that `sample_with` draws."""
         if uniform is None:
-            return straight_through(self.mode(), self.probs)
+            return jnp.argmax(self.probs, -1)
         below = jnp.cumsum(self.probs, -1) <= uniform[..., None]
         # Rounding may leave the sum of all probabilities a little below 1.
-        index = jnp.minimum(below.sum(-1), self.probs.shape[-1] - 1)
-        return straight_through(jax.nn.one_hot(index, self.probs.shape[-1]), self.probs)
+        return jnp.minimum(below.sum(-1), self.probs.shape[-1] - 1)
 
     def mode(self) -> Float[Array, "*n S K"]:
         """The likeliest classes as one-hot vectors, without a gradient."""
-        return jax.nn.one_hot(jnp.argmax(self.probs, -1), self.probs.shape[-1])
+        return jax.nn.one_hot(self.classes_with(None), self.probs.shape[-1])
 
     def entropy(self) -> Float[Array, "*n"]:
         """Nats, summed over the S categoricals."""

@@ -11,7 +11,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from learner.precision import matmul
 
@@ -48,6 +48,33 @@ def fan_avg(shape: Shape) -> float:
     return math.prod(shape[:-2]) * (shape[-2] + shape[-1]) / 2
 
 
+class Classes(eqx.Module):
+    """S one-hot vectors side by side, by their classes: `Linear` gathers rows where it would multiply.
+
+    For what needs no gradient: a planner's candidates.
+    """
+
+    index: Int[Array, "*n S"]
+    count: int = eqx.field(static=True)  # K classes each
+
+    def matmul(self, weight: Float[Array, "S*K o"]) -> Float[Array, "*n o"]:
+        """one_hot(index) W, without the zeros."""
+        size = self.index.shape[-1]
+        rows = weight.reshape(size, self.count, -1)
+        return rows.at[jnp.arange(size), self.index].get(mode="promise_in_bounds").sum(-2)
+
+
+# What a layer reads: an array, or what would make one if its classes were written out.
+Inputs = Array | tuple[Array | Classes, ...]
+
+
+def join(*parts: Inputs | Classes) -> Inputs:
+    """Concatenates over the last axis; with classes among them, as far as a `Linear` can tell."""
+    flat = [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]
+    arrays = [part for part in flat if not isinstance(part, Classes)]
+    return jnp.concatenate(arrays, -1) if len(arrays) == len(flat) else tuple(flat)
+
+
 class Linear(eqx.Module):
     """x W (+ b). As published, output layers (with a bias) start uniform, the others truncated normal."""
 
@@ -60,9 +87,18 @@ class Linear(eqx.Module):
         self.weight = (uniform if bias else truncated_normal)(key, (fan_in, fan_out), outscale)
         self.bias = jnp.zeros(fan_out) if bias else None
 
-    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        y = matmul(x, self.weight)
+    def __call__(self, x: Inputs) -> Float[Array, "*n o"]:
+        y = self._parts(x) if isinstance(x, tuple) else matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+    def _parts(self, parts: tuple[Array | Classes, ...]) -> Float[Array, "*n o"]:
+        products, start = [], 0
+        for part in parts:
+            width = part.index.shape[-1] * part.count if isinstance(part, Classes) else part.shape[-1]
+            rows = self.weight[start : start + width]
+            products.append(part.matmul(rows) if isinstance(part, Classes) else matmul(part, rows))
+            start += width
+        return sum(products[1:], products[0])
 
 
 def _mean(x: Float[Array, "*n d"]) -> Float[Array, "*n 1"]:
@@ -122,7 +158,7 @@ class Dense(eqx.Module):
         self.linear = Linear(key, fan_in, fan_out, bias=False)
         self.norm = LayerNorm(fan_out)
 
-    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+    def __call__(self, x: Inputs) -> Float[Array, "*n o"]:
         return jax.nn.silu(self.norm(self.linear(x)))
 
 
@@ -136,9 +172,10 @@ class MLP(eqx.Module):
         sizes = [fan_in] + [units] * layers
         self.layers = tuple(Dense(k, i, o) for k, i, o in zip(keys, sizes, sizes[1:], strict=False))
 
-    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n units"]:
+    def __call__(self, x: Inputs) -> Float[Array, "*n units"]:
         for layer in self.layers:
             x = layer(x)
+        assert not isinstance(x, tuple), "without layers, nothing reads classes"
         return x
 
 
@@ -155,5 +192,5 @@ class Head(eqx.Module):
         self.mlp = MLP(key_mlp, fan_in, units, layers)
         self.out = Linear(key_out, units if layers else fan_in, fan_out, outscale=outscale)
 
-    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        return self.out(self.mlp(x))
+    def __call__(self, x: Inputs) -> Float[Array, "*n o"]:
+        return self.out(self.mlp(x) if self.mlp.layers else x)

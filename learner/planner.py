@@ -42,6 +42,10 @@ class Plan(NamedTuple):
     stats: dict[str, Float[Array, ""]]
 
 
+# Of imagined steps. XLA writes a state over the one before, where LLVM does not vectorise; two states in turn
+# take a fifth less time on a CPU.
+_UNROLL = 2
+
 Score = Callable[[Float[Array, "S H+1 A"], PRNGKeyArray], Scores]
 
 
@@ -181,18 +185,20 @@ def model_score(
     which no plan can change.
     """
 
+    begin = start._replace(latent=start.latent.by_classes())
+
     def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:
         count, horizon = candidates.shape[0], cfg.horizon
         uniform = model.noise(key, horizon, count)
         # One next goal for all candidates: none must win by a luckier draw.
-        origin = _repeat(start_of(model, start, jax.random.fold_in(key, 1)), count)
+        origin = _repeat(start_of(model, begin, jax.random.fold_in(key, 1)), count)
 
         def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, State]:
             following = follow(model, state, *inputs)
             return following, following
 
         actions = candidates.swapaxes(0, 1)[:horizon]
-        _, states = jax.lax.scan(step, origin, (actions, uniform))
+        _, states = jax.lax.scan(step, origin, (actions, uniform), unroll=_UNROLL)
         discount = behavior.gamma * model.cont(states.latent).mode
         feat = features.read(states)
 
@@ -232,7 +238,8 @@ def actor_proposals(
         action = actor(features.read(state)).sample_with(noise_t)
         return follow(model, state, action, uniform_t), action
 
-    _, actions = jax.lax.scan(step, _repeat(start, count), (noise, uniform))
+    begin = start._replace(latent=start.latent.by_classes())
+    _, actions = jax.lax.scan(step, _repeat(begin, count), (noise, uniform), unroll=_UNROLL)
     return actions.swapaxes(0, 1)
 
 

@@ -6,7 +6,7 @@ projection before it, the prior's logits after it. Prior and posterior are equal
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,20 +15,31 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from common.config import WorldModelConfig
 from learner.distributions import OneHot, uniform_mix
-from learner.layers import Dense, LayerNorm, Linear
+from learner.layers import Classes, Dense, LayerNorm, Linear, join
 
 
 class Latent(NamedTuple):
     """State of the model: deterministic recurrent part and sampled one-hot part."""
 
     deter: Float[Array, "*n D"]
-    stoch: Float[Array, "*n S K"]
+    stoch: Any  # [*n, S, K], or `Classes` for the same without gradients
 
     @property
-    def feat(self) -> Float[Array, "*n D+S*K"]:
-        """concat(deter, stoch), what every head reads."""
-        flat = self.stoch.reshape(*self.stoch.shape[:-2], -1)
-        return jnp.concatenate([self.deter, flat], -1)
+    def feat(self) -> Any:
+        """concat(deter, stoch) [*n, D+S*K], what every head reads."""
+        return join(self.deter, self.flat)
+
+    @property
+    def flat(self) -> Any:
+        """The one-hot part as a layer reads it, [*n, S*K]."""
+        stoch = self.stoch
+        return stoch if isinstance(stoch, Classes) else stoch.reshape(*stoch.shape[:-2], -1)
+
+    def by_classes(self) -> Latent:
+        """The same latent, to imagine from without gradients: layers gather where they would multiply."""
+        if isinstance(self.stoch, Classes) or not self.stoch.size:
+            return self
+        return Latent(self.deter, Classes(jnp.argmax(self.stoch, -1), self.stoch.shape[-1]))
 
 
 class RSSM(eqx.Module):
@@ -78,8 +89,7 @@ class RSSM(eqx.Module):
         """Next deterministic state. LayerNorm-GRU with update bias -1 (DreamerV2, appendix)."""
         # A rescale with constant factor: out-of-range actions keep their gradient's direction.
         action = action * jax.lax.stop_gradient(1.0 / jnp.maximum(1.0, jnp.abs(action)))
-        flat = latent.stoch.reshape(*latent.stoch.shape[:-2], -1)
-        x = self.input_layer(jnp.concatenate([flat, action], -1))
+        x = self.input_layer(join(latent.flat, action))
         gates = self.gru_norm(self.gru(jnp.concatenate([latent.deter, x], -1)))
         reset, candidate, update = jnp.split(gates, 3, -1)
         candidate = jnp.tanh(jax.nn.sigmoid(reset) * candidate)
@@ -91,7 +101,10 @@ class RSSM(eqx.Module):
     ) -> Latent:
         """Imagines one step: recurrence, then a draw from the prior by uniform noise (None: its mode)."""
         deter = self.recur(latent, action)
-        return Latent(deter, self.prior(deter).sample_with(uniform))
+        prior = self.prior(deter)
+        if isinstance(latent.stoch, Classes):
+            return Latent(deter, Classes(prior.classes_with(uniform), self.classes))
+        return Latent(deter, prior.sample_with(uniform))
 
     def obs_step(
         self,

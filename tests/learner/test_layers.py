@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from learner.layers import (
     MLP,
+    Classes,
     Dense,
     Head,
     LayerNorm,
     Linear,
+    join,
     standardize,
     symexp,
     symlog,
@@ -46,6 +48,19 @@ def test_truncated_normal_has_the_published_spread() -> None:
 def test_outscale_zero_starts_at_zero() -> None:
     head = Head(KEY, 4, 5, 1, 3, outscale=0.0)
     np.testing.assert_array_equal(head(jnp.ones((2, 4))), np.zeros((2, 3)))
+
+
+def test_classes_are_read_as_the_one_hot_vectors_they_stand_for() -> None:
+    linear, x = Linear(KEY, 4 + 6 + 1, 5), jax.random.normal(KEY, (7, 4))
+    index = jax.random.randint(KEY, (7, 2), 0, 3)
+    one_hot = jax.nn.one_hot(index, 3).reshape(7, 6)
+    parts = join(join(x, Classes(index, 3)), x[:, :1])
+    assert isinstance(parts, tuple)
+    expected = linear(join(x, one_hot, x[:, :1]))
+    np.testing.assert_allclose(linear(parts), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(linear)(parts), expected, rtol=1e-5, atol=1e-6)
+    head = Head(KEY, 11, 5, 0, 3)
+    np.testing.assert_allclose(head(parts), head(join(x, one_hot, x[:, :1])), rtol=1e-5, atol=1e-6)
 
 
 def test_layer_norm_by_hand() -> None:

@@ -133,6 +133,17 @@ def test_imagination_draws_from_the_prior(rssm: RSSM) -> None:
     np.testing.assert_array_equal(following.stoch, expected)
 
 
+@pytest.mark.parametrize("mode", [False, True])
+def test_imagination_by_classes_is_the_same(rssm: RSSM, mode: bool) -> None:
+    latent, action = some_latent(), jnp.full((SIZE, ACTION), 0.3)
+    uniform = None if mode else jax.random.uniform(KEY, (SIZE, 2))
+    expected = RSSM.img_step(rssm, latent, action, uniform)
+    following = RSSM.img_step(rssm, latent.by_classes(), action, uniform)
+    np.testing.assert_allclose(following.deter, expected.deter, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(jax.nn.one_hot(following.stoch.index, 3), expected.stoch)
+    assert expected.by_classes().by_classes().stoch.count == 3
+
+
 def test_probabilities_are_mixed_with_the_uniform(rssm: RSSM) -> None:
     extreme = eqx.tree_at(lambda m: m.prior_logits.bias, rssm, rssm.prior_logits.bias + 100 * jnp.eye(6)[0])
     probs = extreme.prior(some_latent().deter).probs

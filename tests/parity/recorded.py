@@ -21,7 +21,7 @@ from common.config import Config
 from common.configuration import load, merge
 from common.types import ArraySpec, Batch, EnvSpec
 from deploy import wiring
-from learner.distributions import OneHot, straight_through
+from learner.distributions import OneHot
 from learner.reference_variables import assign
 from learner.rssm import Latent
 from learner.train_step import TrainState, TrainStep
@@ -132,14 +132,14 @@ def _normal(key: Any, shape: tuple[int, ...] = (), dtype: Any = None) -> jax.Arr
 
 
 def _mode(one_hot: OneHot, uniform: Any) -> jax.Array:
-    return straight_through(one_hot.mode(), one_hot.probs)
+    return jnp.argmax(one_hot.probs, -1)
 
 
 @contextmanager
 def pinned(normal: Callable = _normal) -> Iterator[pytest.MonkeyPatch]:
     """While tracing: one-hot draws are the mode, normal noise is recorded noise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OneHot, "sample_with", _mode)
+        patch.setattr(OneHot, "classes_with", _mode)
         patch.setattr(jax.random, "normal", normal)
         yield patch
 
