@@ -83,7 +83,7 @@ def augmented(cfg: AugmentedConfig, cost_limit: float) -> Constraint:
         return loss + augmented_penalty(state, violation), violation
 
     return Constraint(
-        init=lambda: AugmentedState(jnp.asarray(cfg.multiplier), jnp.asarray(cfg.penalty)),
+        init=lambda: AugmentedState(jnp.float32(cfg.multiplier), jnp.float32(cfg.penalty)),
         penalise=penalise,
         on_batch=lambda state, violation: augmented_update(state, violation, cfg),
         on_episode=lambda state, cost, env_steps: state,
@@ -150,7 +150,7 @@ def pid_penalty(cfg: PidConfig, cost_limit: float) -> Constraint:
 
     def init() -> PidState:
         zero = jnp.zeros(())
-        return PidState(zero, jnp.asarray(cfg.init), zero, zero, zero, jnp.zeros(_DELAY))
+        return PidState(zero, jnp.float32(cfg.init), zero, zero, zero, jnp.zeros(_DELAY))
 
     return Constraint(
         init=init,
