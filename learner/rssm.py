@@ -17,6 +17,10 @@ from common.config import WorldModelConfig
 from learner.distributions import OneHot, uniform_mix
 from learner.layers import Classes, Dense, LayerNorm, Linear, join
 
+# On a CPU, a decision of OSRP-Vector takes a tenth less time for gathering 16 classes (`paper`), and half as
+# much again for gathering 8 (`nano`).
+_GATHERED_CLASSES = 16
+
 
 class Latent(NamedTuple):
     """State of the model: deterministic recurrent part and sampled one-hot part."""
@@ -36,8 +40,11 @@ class Latent(NamedTuple):
         return stoch if isinstance(stoch, Classes) else stoch.reshape(*stoch.shape[:-2], -1)
 
     def by_classes(self) -> Latent:
-        """The same latent, to imagine from without gradients: layers gather where they would multiply."""
-        if isinstance(self.stoch, Classes) or not self.stoch.size:
+        """The same latent, to imagine from without gradients: layers gather where they would multiply.
+
+        That pays from about 16 classes on; with fewer the latent stays as it is.
+        """
+        if isinstance(self.stoch, Classes) or self.stoch.shape[-1] < _GATHERED_CLASSES:
             return self
         return Latent(self.deter, Classes(jnp.argmax(self.stoch, -1), self.stoch.shape[-1]))
 

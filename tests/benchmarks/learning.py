@@ -14,7 +14,7 @@ from common.config import Config
 from common.types import Batch, EnvSpec, replay_spec
 from deploy import wiring
 from learner.learner import Learner
-from tests.benchmarks.measure import Row, Time, matmul, repeat
+from tests.benchmarks.measure import Row, Time, in_products, matmul, repeat
 from tests.benchmarks.scaling import count
 
 # The published implementation on its own, in CPU-seconds over the CPU-seconds of one product.
@@ -79,11 +79,9 @@ def _per_update(learner: Learner, count: int) -> Time:
 
 def planning() -> Iterator[Row]:
     """CPU time of a decision at the published settings, and how it grows with environments at nano size."""
-    product = matmul()
     cfg, spec = _config("paper")
     decide, compiled, products = _decision(cfg, spec, 1)
-    each = repeat(decide, 5)
-    units = each.cpu / product.cpu
+    units, each = in_products(decide, 9)
     note = f"{1e3 * each.cpu:.0f} ms of CPU, {1e3 * each.wall:.0f} ms wall; "
     note += f"{units / PUBLISHED_DECISION:.2f} of the published decision; {products:.0f} are products"
     target = f"<= {0.65 * PUBLISHED_DECISION:.0f}"

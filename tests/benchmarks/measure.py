@@ -46,7 +46,15 @@ def repeat(work: Callable[[], Any], count: int) -> Time:
     return median([clock(work) for _ in range(count)])
 
 
-def matmul() -> Time:
+def in_products(work: Callable[[], Any], count: int) -> tuple[float, Time]:
+    """Median of `count` calls in products of `matmul`, each timed beside its call: clock rates wander."""
+    work()
+    pairs = [(matmul(3), clock(work)) for _ in range(count)]
+    units = statistics.median(each.cpu / product.cpu for product, each in pairs)
+    return units, median([each for _, each in pairs])
+
+
+def matmul(count: int = 9) -> Time:
     """One float32 product of 1024 x 1024 matrices: 2.15 GFLOP, the yardstick between two machines."""
     key = jax.random.PRNGKey(0)
     x = jax.random.normal(key, (1024, 1024))
@@ -58,5 +66,5 @@ def matmul() -> Time:
             y = product(x, x)
         jax.block_until_ready(y)
 
-    total = repeat(work, 9)
+    total = repeat(work, count)
     return Time(total.cpu / batch, total.wall / batch)
