@@ -42,8 +42,8 @@ class Plan(NamedTuple):
     stats: dict[str, Float[Array, ""]]
 
 
-# Of imagined steps. XLA writes a state over the one before, where LLVM does not vectorise; with two in turn, a
-# decision at nano takes a fifth less time on a CPU.
+# Of imagined steps. XLA writes a state over the one before, where LLVM does not vectorise; with two in
+# turn, a decision at nano takes a fifth less time on a CPU.
 _UNROLL = 2
 
 Score = Callable[[Float[Array, "S H+1 A"], PRNGKeyArray], Scores]
