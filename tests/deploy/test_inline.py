@@ -50,7 +50,11 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 )
 def test_the_pid_agent_learns_and_keeps_the_limit(tmp_path, seed, inference, precision, caplog):
     run, outcome = run_of(
-        tmp_path, seed=seed, inference={"mode": inference}, learner={"precision": precision}
+        tmp_path,
+        env_steps=16_000,
+        seed=seed,
+        inference={"mode": inference},
+        learner={"precision": precision},
     )
     assert any("inference/batch" in row for row in read_jsonl(run / METRICS)) == (inference == "server")
     assert ("bfloat16 is slow on a cpu" in caplog.text) == (precision == "bfloat16")
