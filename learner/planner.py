@@ -185,13 +185,11 @@ def model_score(
     which no plan can change.
     """
 
-    begin = start._replace(latent=start.latent.by_classes())
-
     def score(candidates: Float[Array, "S H+1 A"], key: PRNGKeyArray) -> Scores:
         count, horizon = candidates.shape[0], cfg.horizon
         uniform = model.noise(key, horizon, count)
         # One next goal for all candidates: none must win by a luckier draw.
-        origin = _repeat(start_of(model, begin, jax.random.fold_in(key, 1)), count)
+        origin = _repeat(start_of(model, start, jax.random.fold_in(key, 1)), count)
 
         def step(state: State, inputs: tuple[Array, Array]) -> tuple[State, State]:
             following = follow(model, state, *inputs)
@@ -238,8 +236,7 @@ def actor_proposals(
         action = actor(features.read(state)).sample_with(noise_t)
         return follow(model, state, action, uniform_t), action
 
-    begin = start._replace(latent=start.latent.by_classes())
-    _, actions = jax.lax.scan(step, _repeat(begin, count), (noise, uniform), unroll=_UNROLL)
+    _, actions = jax.lax.scan(step, _repeat(start, count), (noise, uniform), unroll=_UNROLL)
     return actions.swapaxes(0, 1)
 
 

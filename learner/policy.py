@@ -103,6 +103,7 @@ def planner_choice(
     def plan_one(params: ActingParams, state: State, previous: Array, key: PRNGKeyArray) -> planner.Plan:
         assert params.critic is not None
         key_actor, key_plan = jax.random.split(key)
+        state = state._replace(latent=state.latent.by_classes())  # a plan asks for no gradient
         penalty = None
         if params.cost_critic is not None and params.multiplier is not None:
             penalty = planner.Penalty(params.cost_critic, params.multiplier)

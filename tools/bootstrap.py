@@ -33,10 +33,8 @@ from machine import (
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "safedreamer-setup.json"  # in the environment's folder
 LOCKS = {False: "requirements.lock", True: "requirements-cuda.lock"}  # by `cuda`
-NEEDED_GB = {
-    False: 4.0,
-    True: 12.0,
-}  # 3.0 and (without bytecode) 7.9 for the environment, the rest for what was downloaded
+# 3.0 and (without bytecode) 7.9 for the environment, the rest for what was downloaded.
+NEEDED_GB = {False: 4.0, True: 12.0}
 QUIET = [] if sys.stderr.isatty() else ["--quiet"]  # progress is for people
 
 

@@ -59,8 +59,10 @@ def test_classes_are_read_as_the_one_hot_vectors_they_stand_for() -> None:
     expected = linear(join(x, one_hot, x[:, :1]))
     np.testing.assert_allclose(linear(parts), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(jax.vmap(linear)(parts), expected, rtol=1e-5, atol=1e-6)
-    head = Head(KEY, 11, 5, 0, 3)
-    np.testing.assert_allclose(head(parts), head(join(x, one_hot, x[:, :1])), rtol=1e-5, atol=1e-6)
+    for layers in (0, 1):
+        head = Head(KEY, 11, 5, layers, 3)
+        expected = head(join(x, one_hot, x[:, :1]))
+        np.testing.assert_allclose(head(parts), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_layer_norm_by_hand() -> None:

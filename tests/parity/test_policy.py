@@ -8,7 +8,7 @@ where one of the named deviations applies.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import pytest
 
 from common.types import Policy
 from deploy import wiring
-from learner import planner
+from learner import planner, rssm
 from learner.cost_model import State
 from learner.planner import Penalty, model_score
 from learner.policy import ActingParams, Carry, make_policy, planner_choice
@@ -137,20 +137,29 @@ def planning(system: System, elites: Callable) -> tuple[Policy, Callable]:
     return build(choose), jax.jit(act)
 
 
+@pytest.fixture(scope="module", params=["multiplied", "gathered"])
+def classes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Imagined one-hot vectors, the two ways in which layers read them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "gathered":
+            patch.setattr(rssm, "_GATHERED_CLASSES", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def of_vector(vector: System) -> dict[bool, list[Decision]]:
+def of_vector(vector: System, classes: None) -> dict[bool, list[Decision]]:
     acting = planning(vector, cheapest_first)
     return {published: decide(vector, *acting, published) for published in (True, False)}
 
 
 @pytest.fixture(scope="module")
-def of_images(pid: System) -> dict[bool, list[Decision]]:
+def of_images(pid: System, classes: None) -> dict[bool, list[Decision]]:
     acting = planning(pid, padded_elites)
     return {published: decide(pid, *acting, published) for published in (True, False)}
 
 
 @pytest.fixture(params=["vector", "images"])
-def case(request: pytest.FixtureRequest) -> tuple[System, dict[bool, list[Decision]]]:
+def case(request: pytest.FixtureRequest, classes: None) -> tuple[System, dict[bool, list[Decision]]]:
     of = {"vector": ("vector", "of_vector"), "images": ("pid", "of_images")}[request.param]
     return request.getfixturevalue(of[0]), request.getfixturevalue(of[1])
 
