@@ -234,7 +234,7 @@ class RayWorkers:
         return _InformedProxy(handle, self._asked)
 
     def close(self) -> None:
-        for name in list(self._handles):
+        for name in reversed(list(self._handles)):  # whoever asks ends before who answers
             self._end(name)
         if self._place is not None:
             self._place.close()

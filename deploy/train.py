@@ -21,6 +21,7 @@ from deploy.driver import Driver, Workers
 from deploy.outcome import Outcome
 from deploy.warm_start import WarmStart
 from learner.train_step import TrainStep
+from replay.storage import made_by
 from replay.table import table_spec
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
     Raises UserError when the run cannot start or go on, and Interrupted when a signal ends it before
     there is anything to save (or for the second time).
     """
-    cfg = wiring.settled(cfg)
+    cfg = wiring.settled(cfg, made_by(runs.replay_dir(run, 0, cfg.replay.shards)))
     spec = check(cfg)
     runs.check_links(run)
     if not resume and (idle := config_checks.unread(cfg)):

@@ -309,12 +309,17 @@ REPLAYS = {
 }
 
 
-def settled(cfg: Config) -> Config:
+def settled(cfg: Config, made_by: str | None = None) -> Config:
     """The configuration with `replay.server auto` decided: Reverb under Ray, where it exists, else memory.
+
+    Args:
+        made_by: the server whose checkpoint is there, which goes on if it can.
 
     Raises UserError where Reverb is asked for and does not exist.
     """
     server = cfg.replay.server
+    if server == "auto" and made_by in REPLAYS and (made_by != "reverb" or backend.exists()):
+        server = made_by
     if server == "auto":
         server = "reverb" if cfg.backend == "local" and backend.exists() else "memory"
     if server == "reverb":

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from common.manifest import DamagedCheckpoint, sync_directory, verify, write_manifest
+from common.manifest import DamagedCheckpoint, read_manifest, sync_directory, verify, write_manifest
 from common.types import UserError
 from common.untrusted import shown
 from replay.table import TableSpec
@@ -36,6 +36,22 @@ _FIXED = {
     "max_size": "replay.capacity",
     "samples_per_insert": "learner.train_ratio",
 }
+
+
+def made_by(directory: Path) -> str | None:
+    """The `replay.server` that made the newest checkpoint in a directory, if there is one to read."""
+    for path in _complete(directory):
+        try:
+            return str(read_manifest(path).get("server", _REVERB))
+        except DamagedCheckpoint:
+            continue
+    return None
+
+
+def _complete(directory: Path) -> list[Path]:
+    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)] if directory.is_dir() else []
+    found = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 class CheckpointStore:
@@ -61,9 +77,7 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Checkpoints, newest first; whether they are intact is not checked."""
-        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
-        found = [path for path in found if path.is_dir() and not path.is_symlink()]
-        return sorted(found, key=lambda path: int(path.name), reverse=True)
+        return _complete(self.directory)
 
     def newest(self, refused: Mapping[Path, str] = MappingProxyType({})) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and a sentence for every newer one that is damaged.
