@@ -251,11 +251,11 @@ class MemoryTable:
 
     def _may_insert(self) -> bool:
         after = (self.inserted + 1) * self.spec.samples_per_insert - self.sampled
-        return after <= self.spec.error_range[1] or self.size < self.spec.min_size
+        return after <= self.spec.error_range[1] or self.inserted < self.spec.min_size or not self.size
 
     def _may_sample(self, count: int) -> bool:
         after = self.inserted * self.spec.samples_per_insert - self.sampled - count
-        return after >= self.spec.error_range[0] and self.size >= self.spec.min_size
+        return after >= self.spec.error_range[0] and self.inserted >= self.spec.min_size and self.size > 0
 
     def _release(self) -> None:
         while self._waiting and self._may_insert():
