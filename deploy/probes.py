@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deploy.stack import stack
+
 ROOT = Path(__file__).resolve().parent.parent
 GL_PACKAGES = {"EGL": "libegl1", "GLESv2": "libgles2", "OSMesa": "libosmesa6"}  # library -> Debian package
 
@@ -137,8 +139,14 @@ def cuda_cards() -> list[str]:
 
 
 def reverb(name: str) -> Check:
-    """Imports Reverb without TensorFlow's Python, or else with it."""
-    version = importlib.metadata.version("dm-reverb")
+    """Imports Reverb without TensorFlow's Python, or else with it; newer Pythons replay without it."""
+    if stack() == "modern":
+        version = ".".join(map(str, sys.version_info[:2]))
+        return Check(name, "ok", f"replay in memory: there is no Reverb for Python {version}")
+    try:
+        version = importlib.metadata.version("dm-reverb")
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "fail", "dm-reverb is not installed", "run `make setup`")
     facts, why = probe(_REVERB, "lite", seconds=60)
     if not why:
         return Check(name, "ok", f"dm-reverb {version}, {facts['mb']:.0f} MB")

@@ -1,9 +1,9 @@
 """Makes `.venv`: the pinned packages of a lock and this project, editable. Called by `make`.
 
 Needs only the standard library and runs on any Python >= 3.6, so that it can say which Python is missing.
-The Python that is found decides on the lock (stacks.py). A second call finds the stamp of the first and returns
-at once. The stamp is written last and names the Python and the digests of what was installed: an interrupted,
-moved, damaged or outdated environment is made anew, and so is one of another Python than the one asked for.
+The Python that is found decides on the lock (stacks.py). A second call finds the stamp of the first and
+returns at once. The stamp is written last and names the Python and the digests of what was installed: an
+interrupted, moved, damaged or outdated environment is made anew, and so is one of another Python than wanted.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Resolves requirements/*.in into the locks and checks who can install them. Called by `make lock`.
 
-Versions that still fit stay as they are; `--upgrade` takes the newest ones. A CUDA lock differs from the CPU lock
-only by what CUDA adds. A lock is resolved once, for the oldest Python of its stack on Linux x86_64; then every
-other Python and machine of the stack is asked whether the same pins fit it and have wheels for it.
+Versions that still fit stay as they are; `--upgrade` takes the newest ones. A CUDA lock differs from the CPU
+lock only by what CUDA adds. A lock is resolved for the oldest Python of its stack on Linux x86_64; then uv is
+asked, for every Python and machine of the stack, whether the same pins suffice and have wheels.
 """
 
 import argparse
@@ -63,7 +63,9 @@ def resolve(uv: str, stack: Stack, cuda: bool, upgrade: bool) -> None:
     command = compile_command(uv, stack, cuda, LINUX_X86, min(stack.pythons))
     command += ["-c", stack.lock(False)] if cuda else []
     command += ["--upgrade"] if upgrade else []
-    done = subprocess.run([*command, *OUTPUT, "-o", lock], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        [*command, *OUTPUT, "-o", lock], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     if done.returncode != 0:
         raise SetupError(f"uv found no versions that fit together for {lock}; the reason stands above.")
     say(f"wrote {lock}")
@@ -91,7 +93,9 @@ def lacking(uv: str, stack: Stack, cuda: bool, platform: Platform, version: Vers
     command = compile_command(uv, stack, cuda, platform, version)
     command += ["-c", lock, *OUTPUT, "--no-build", "--no-header", "-o", str(found)]
     found.write_text("")  # the pins of an older answer would be preferred
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     if done.returncode != 0:
         return " ".join(done.stderr.decode().split()).partition("cause: ")[2] or "uv could not tell"
     more = sorted(set(pins(found)) - set(pins(ROOT / lock)))

@@ -60,7 +60,9 @@ def why_not_here(stack: Stack, cuda: bool) -> str:
     """The reason and the nearest thing that works."""
     if cuda and here() in stack.platforms[False]:
         return "JAX has no CUDA packages for it. Use CUDA=0."
-    others = [dotted(version) for other in STACKS if here() in other.platforms[cuda] for version in other.pythons]
+    others = [
+        dotted(version) for other in STACKS if here() in other.platforms[cuda] for version in other.pythons
+    ]
     if others:
         return f"{stack.limit}. Use Python {' or '.join(others)}, as in: make train PYTHON=python{others[0]}"
     return f"{stack.limit}. Use such a machine or a container (docker run --platform linux/amd64 ...)."
@@ -119,7 +121,8 @@ def choose_python(wish: str, venv: Path, cuda: bool) -> Python:
         if version is not None:
             return Python(os.path.abspath(path), supported(wish, version))
     raise SetupError(
-        f"PYTHON={wish} is no 64-bit CPython that runs here. Choose another ({SUPPORTED}), or leave PYTHON out."
+        f"PYTHON={wish} is no 64-bit CPython that runs here. Choose another ({SUPPORTED}), or leave PYTHON "
+        "out."
     )
 
 
@@ -128,8 +131,8 @@ def supported(wish: str, version: Version) -> Version:
     if version in PYTHONS:
         return version
     raise SetupError(
-        f"PYTHON={wish} is Python {dotted(version)}, but this project has packages for {SUPPORTED} only. Choose "
-        "one of these, or leave PYTHON out."
+        f"PYTHON={wish} is Python {dotted(version)}, but there are packages for {SUPPORTED} only. Choose one "
+        "of these, or leave PYTHON out."
     )
 
 
@@ -163,7 +166,8 @@ def how_to_get(version: Version) -> str:
     """Commands that install a Python."""
     name = dotted(version)
     systems = {(3, 11): "Debian 12", (3, 12): "Ubuntu 24.04", (3, 13): "Debian 13"}
-    return f"{systems[version]}: apt-get install python{name} python{name}-venv; anywhere: uv python install {name}"
+    packages = f"python{name} python{name}-venv"
+    return f"{systems[version]}: apt-get install {packages}; anywhere: uv python install {name}"
 
 
 def candidates(version: Version) -> Iterator[str]:
@@ -174,7 +178,9 @@ def candidates(version: Version) -> Iterator[str]:
     managed = output_of([uv, "python", "find", "--no-project", dotted(version)]) if uv else ""
     if managed:
         yield managed
-    prefix = output_of([pyenv, "prefix", dotted(version)]) if pyenv else ""  # its shims show chosen versions only
+    prefix = (
+        output_of([pyenv, "prefix", dotted(version)]) if pyenv else ""
+    )  # its shims show chosen versions only
     if prefix:
         yield os.path.join(prefix, "bin", "python")
 

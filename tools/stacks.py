@@ -45,7 +45,10 @@ CLASSIC = Stack(
 )
 MODERN = Stack(
     name="modern",
-    pythons=((3, 13), (3, 12)),  # 3.14 lacks wheels of Ray 2.53.0 and pygame 2.6.1: `make lock` says if it still does
+    pythons=(
+        (3, 13),
+        (3, 12),
+    ),  # 3.14 lacks wheels of Ray 2.53.0 and pygame 2.6.1: `make lock` says if it still does
     platforms={False: (LINUX_X86, LINUX_ARM, MAC_ARM), True: (LINUX_X86, LINUX_ARM)},
     limit="JAX and Ray have packages for Linux x86_64, Linux aarch64 and macOS arm64 only",
     needed_gb={False: 3.0, True: 10.0},
