@@ -165,7 +165,9 @@ def disk(name: str) -> Check:
 
 
 def shared_memory(name: str) -> Check:
-    """Size of /dev/shm: Ray's object store falls back to slow disk without it."""
+    """Size of /dev/shm: on Linux Ray's object store falls back to slow disk without it."""
+    if platform.system() != "Linux":
+        return Check(name, "ok", f"not used on {platform.system()}")
     size = shutil.disk_usage("/dev/shm").total / GB if os.path.isdir("/dev/shm") else 0.0
     hint = "in Docker: --shm-size=2g; else: mount -o remount,size=2G /dev/shm"
     return rated(name, size, "GB in /dev/shm (Ray passes parameters through it)", warn=1, fail=0, hint=hint)
@@ -173,7 +175,8 @@ def shared_memory(name: str) -> Check:
 
 def cores(name: str) -> Check:
     """Processor cores that this process may use."""
-    count = float(len(os.sched_getaffinity(0)))
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    count = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
     quota = (CGROUP / "cpu.max").read_text().split() if (CGROUP / "cpu.max").is_file() else ["max"]
     if quota[0] != "max":
         count = min(count, int(quota[0]) / int(quota[1]))

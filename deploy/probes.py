@@ -170,14 +170,15 @@ def ray(name: str) -> Check:
 
 
 def rendering(name: str) -> Check:
-    """Renders a picture without a screen, by EGL or else by OSMesa."""
+    """Renders a picture without a screen: by EGL or else by OSMesa, on macOS by what the system has."""
     reasons = []
-    for backend in ("egl", "osmesa"):
+    for backend in ("cgl",) if sys.platform == "darwin" else ("egl", "osmesa"):
         env = {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
         facts, why = probe(_RENDERING, seconds=60, env=env)
         if not why and facts["contrast"] > 0:
             return Check(name, "ok", f"MUJOCO_GL={backend}")
         reasons.append(f"{backend}: {why or 'an empty picture'}")
-    lost = [package for library, package in GL_PACKAGES.items() if ctypes.util.find_library(library) is None]
+    needed = {} if sys.platform == "darwin" else GL_PACKAGES
+    lost = [package for library, package in needed.items() if ctypes.util.find_library(library) is None]
     hint = f"Debian, Ubuntu: apt-get install {' '.join(lost)}" if lost else "is the graphics driver complete?"
     return Check(name, "warn", f"no videos, no camera observations ({'; '.join(reasons)})", hint)

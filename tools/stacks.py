@@ -51,7 +51,7 @@ MODERN = Stack(
     ),  # 3.14 lacks wheels of Ray 2.53.0 and pygame 2.6.1: `make lock` says if it still does
     platforms={False: (LINUX_X86, LINUX_ARM, MAC_ARM), True: (LINUX_X86, LINUX_ARM)},
     limit="JAX and Ray have packages for Linux x86_64, Linux aarch64 and macOS arm64 only",
-    needed_gb={False: 3.0, True: 10.0},
+    needed_gb={False: 3.0, True: 10.0},  # 2.0 and (without bytecode) 5.5 installed
 )
 STACKS = (CLASSIC, MODERN)  # in the order in which a machine that can run both takes them
 PYTHONS = tuple(version for stack in STACKS for version in stack.pythons)

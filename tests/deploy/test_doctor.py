@@ -337,6 +337,21 @@ def test_cores_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (check.status, check.detail) == ("warn", "1.5 usable")
 
 
+def test_what_only_linux_has_is_not_missed_elsewhere(
+    answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.delattr(doctor.os, "sched_getaffinity")
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(probes.sys, "platform", "darwin")
+    assert doctor.cores("cores") == Check("cores", "ok", "8 usable")
+    assert doctor.shared_memory("/dev/shm") == Check("/dev/shm", "ok", "not used on Darwin")
+    asked = answers(({"contrast": 9}, ""))
+    assert probes.rendering("rendering") == Check("rendering", "ok", "MUJOCO_GL=cgl")
+    assert asked == [("", "cgl")]
+
+
 def test_fullest_disk_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {os.getcwd(): 50e9, "/elsewhere": 1e9}
     monkeypatch.setattr(doctor.tempfile, "gettempdir", lambda: "/elsewhere")
