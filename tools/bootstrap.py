@@ -123,9 +123,9 @@ def one_at_a_time(root: Path) -> Iterator[None]:
 
 def kept_python(stamp: Dict[str, Any]) -> Optional[Python]:
     """The Python that the environment was made with, if it is still there and still serves."""
-    path = stamp.get("base")
-    version = version_of(path) if isinstance(path, str) else None
-    if version not in PYTHONS or dotted(version) != stamp.get("python"):
+    path = str(stamp.get("base", ""))
+    version = version_of(path)
+    if version is None or version not in PYTHONS or dotted(version) != stamp.get("python"):
         return None
     return Python(path, version)
 

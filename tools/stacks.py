@@ -6,7 +6,7 @@ wheels. Standard library only, Python >= 3.6, as for all of the set-up.
 
 from typing import Dict, NamedTuple, Tuple
 
-Version = Tuple[int, ...]  # (major, minor)
+Version = Tuple[int, int]  # (major, minor)
 Platform = Tuple[str, str]  # (system, processor), as `platform` names them
 
 LINUX_X86, LINUX_ARM, MAC_ARM = ("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")

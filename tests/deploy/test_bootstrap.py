@@ -473,7 +473,7 @@ def test_first_supported_python_is_taken(tmp_path: Path, monkeypatch, there, pla
     for minor in there:
         python_says(tmp_path / f"python3.{minor}", f"cpython True 3 {minor}")
     found = machine.choose_python("", tmp_path / "venv", cuda=False)
-    assert found == Python(str(tmp_path / f"python{taken}"), machine.version_of(found.path))
+    assert found == (str(tmp_path / f"python{taken}"), machine.version_of(found.path))
 
 
 def test_only_unsupported_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
