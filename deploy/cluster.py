@@ -22,6 +22,7 @@ from common.types import UserError
 from deploy import wiring
 from deploy.accelerators import shares
 from deploy.room import Resources, bundles_of, gpus_of, missing, sentence
+from deploy.stack import lock
 from replay.server import free_ports
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ class Cluster:
             text = " ".join(str(error).split())[-300:]
             raise UserError(
                 f"the program does not run on the node of the learner (... {text}); install "
-                "requirements.lock with --no-deps for the Python that starts Ray there"
+                f"{lock()} with --no-deps for the Python that starts Ray there"
             ) from error
 
 

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from deploy import probes
 from deploy.probes import ROOT, Check
+from deploy.stack import PLATFORMS, PYTHONS, SUPPORTED, lock, stack
 
 CGROUP = Path("/sys/fs/cgroup")  # limits of a container (version 2)
 GB = 1e9
@@ -72,32 +73,37 @@ def line(check: Check) -> Table:
 
 
 def python(name: str) -> Check:
-    """The interpreter's version and place."""
+    """The interpreter's version and place, and which set of packages it takes."""
     detail = f"{platform.python_version()} in {sys.prefix}"
-    if sys.version_info[:2] == (3, 11):
-        return Check(name, "ok", detail)
-    return Check(name, "fail", detail, "Reverb needs Python 3.11: run `make setup` and .venv/bin/safedreamer")
+    if sys.version_info[:2] in PYTHONS:
+        return Check(name, "ok", f"{detail}, {stack()} packages")
+    hint = f"there are packages for {SUPPORTED}: run `make setup` and .venv/bin/safedreamer"
+    return Check(name, "fail", detail, hint)
 
 
 def system(name: str) -> Check:
-    """Operating system and processor: Reverb exists for Linux x86_64 only."""
+    """Operating system and processor: what the packages of this Python exist for."""
     here = f"{platform.system()} {platform.machine()}"
-    detail = f"{here}, {' '.join(platform.libc_ver())}"
-    if here == "Linux x86_64":
+    detail = ", ".join(filter(None, (here, " ".join(platform.libc_ver()))))
+    if here in PLATFORMS[stack()]:
         return Check(name, "ok", detail)
-    return Check(name, "fail", detail, "Reverb exists for Linux x86_64 only: use such a machine or container")
+    if here in PLATFORMS["modern"]:
+        hint = "Reverb exists for Linux x86_64 only; `make setup PYTHON=modern` does without it"
+    else:
+        hint = f"there are packages for {', '.join(PLATFORMS['modern'])}: use such a machine or container"
+    return Check(name, "fail", detail, hint)
 
 
 def packages(name: str) -> Check:
     """Installed versions against the lock."""
     there = {spelled(dist.name): dist.version for dist in importlib.metadata.distributions()}
-    lock = ROOT / ("requirements-cuda.lock" if "jax-cuda12-plugin" in there else "requirements.lock")
-    pins = re.findall(r"^([\w.-]+)==([\w.+]+)", lock.read_text(), re.MULTILINE)
+    pinned = lock(cuda=any(package.startswith("jax-cuda") for package in there))
+    pins = re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / pinned).read_text(), re.MULTILINE)
     found = {pin: there.get(spelled(pin), "missing") for pin, _ in pins}
     other = [f"{pin} {found[pin]}" for pin, wanted in pins if found[pin] != wanted]
     if not other:
-        return Check(name, "ok", f"{len(pins)} as in {lock.name}")
-    detail = f"{len(other)} of {len(pins)} not as in {lock.name}: {', '.join(other[:5])}"
+        return Check(name, "ok", f"{len(pins)} as in {pinned}")
+    detail = f"{len(other)} of {len(pins)} not as in {pinned}: {', '.join(other[:5])}"
     return Check(name, "warn", detail, "run `make setup`")
 
 
@@ -159,7 +165,9 @@ def disk(name: str) -> Check:
 
 
 def shared_memory(name: str) -> Check:
-    """Size of /dev/shm: Ray's object store falls back to slow disk without it."""
+    """Size of /dev/shm: on Linux Ray's object store falls back to slow disk without it."""
+    if platform.system() != "Linux":
+        return Check(name, "ok", f"not used on {platform.system()}")
     size = shutil.disk_usage("/dev/shm").total / GB if os.path.isdir("/dev/shm") else 0.0
     hint = "in Docker: --shm-size=2g; else: mount -o remount,size=2G /dev/shm"
     return rated(name, size, "GB in /dev/shm (Ray passes parameters through it)", warn=1, fail=0, hint=hint)
@@ -167,7 +175,8 @@ def shared_memory(name: str) -> Check:
 
 def cores(name: str) -> Check:
     """Processor cores that this process may use."""
-    count = float(len(os.sched_getaffinity(0)))
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    count = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
     quota = (CGROUP / "cpu.max").read_text().split() if (CGROUP / "cpu.max").is_file() else ["max"]
     if quota[0] != "max":
         count = min(count, int(quota[0]) / int(quota[1]))

@@ -126,7 +126,7 @@ class SubmitArgs:
     submission_id: str | None = None
     """Name of the job. Default: safedreamer-TIME-RANDOM."""
     python: str = "python"
-    """The cluster's Python, with requirements.lock installed."""
+    """The cluster's Python, of the version that runs here, with its lock (requirements/) installed."""
     wait: bool = True
     """Follow the logs until the job ends, and exit with 0 if it has succeeded, else 1."""
 

@@ -12,6 +12,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from common.config import RayConfig
 from common.types import UserError
 from deploy import shipping, signals
+from deploy.stack import lock
 
 _PROBE_SECONDS = 10.0
 
@@ -77,5 +78,5 @@ def _probe(address: str, given: str) -> None:
     if version != ray.__version__:
         raise UserError(
             f"the cluster at {address} runs Ray {version}, this is {ray.__version__}: install the versions "
-            "of requirements.lock on its nodes"
+            f"of {lock()} on its nodes"
         )

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deploy.stack import stack
+
 ROOT = Path(__file__).resolve().parent.parent
 GL_PACKAGES = {"EGL": "libegl1", "GLESv2": "libgles2", "OSMesa": "libosmesa6"}  # library -> Debian package
 
@@ -137,8 +139,14 @@ def cuda_cards() -> list[str]:
 
 
 def reverb(name: str) -> Check:
-    """Imports Reverb without TensorFlow's Python, or else with it."""
-    version = importlib.metadata.version("dm-reverb")
+    """Imports Reverb without TensorFlow's Python, or else with it; newer Pythons replay without it."""
+    if stack() == "modern":
+        version = ".".join(map(str, sys.version_info[:2]))
+        return Check(name, "ok", f"replay in memory: there is no Reverb for Python {version}")
+    try:
+        version = importlib.metadata.version("dm-reverb")
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "fail", "dm-reverb is not installed", "run `make setup`")
     facts, why = probe(_REVERB, "lite", seconds=60)
     if not why:
         return Check(name, "ok", f"dm-reverb {version}, {facts['mb']:.0f} MB")
@@ -162,14 +170,15 @@ def ray(name: str) -> Check:
 
 
 def rendering(name: str) -> Check:
-    """Renders a picture without a screen, by EGL or else by OSMesa."""
+    """Renders a picture without a screen: by EGL or else by OSMesa, on macOS by what the system has."""
     reasons = []
-    for backend in ("egl", "osmesa"):
+    for backend in ("cgl",) if sys.platform == "darwin" else ("egl", "osmesa"):
         env = {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
         facts, why = probe(_RENDERING, seconds=60, env=env)
         if not why and facts["contrast"] > 0:
             return Check(name, "ok", f"MUJOCO_GL={backend}")
         reasons.append(f"{backend}: {why or 'an empty picture'}")
-    lost = [package for library, package in GL_PACKAGES.items() if ctypes.util.find_library(library) is None]
+    needed = {} if sys.platform == "darwin" else GL_PACKAGES
+    lost = [package for library, package in needed.items() if ctypes.util.find_library(library) is None]
     hint = f"Debian, Ubuntu: apt-get install {' '.join(lost)}" if lost else "is the graphics driver complete?"
     return Check(name, "warn", f"no videos, no camera observations ({'; '.join(reasons)})", hint)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from learner import pickle_machine
-from learner.pickle_machine import Admitted, Make, Refused, kind_of
+from learner.pickle_machine import Admitted, Buildable, Make, Refused, kind_of
 
 __all__ = ["Record", "Refused", "array_of", "kind_of", "load"]
 
@@ -30,7 +30,7 @@ class Record:
     fields: tuple[Any, ...]
 
 
-class _DType:
+class _DType(Buildable):
     """A dtype; a file adds its byte order afterwards."""
 
     def __init__(self, code: str):
@@ -45,7 +45,7 @@ class _DType:
             raise Refused(f"it holds numbers in byte order {state[1][:8]!r}")
 
 
-class _Array:
+class _Array(Buildable):
     """An array; a file adds its shape and bytes afterwards, and may refer to it before."""
 
     value: np.ndarray | None = None

@@ -87,7 +87,7 @@ def load(mode: Mode = "lite") -> ModuleType:
         for package, pin in (("reverb", "dm-reverb==0.14.0"), ("tensorflow", "tensorflow-cpu==2.15.1")):
             if importlib.util.find_spec(package) is None:
                 raise UserError(
-                    f"The package {pin} is not installed; install requirements.lock with --no-deps."
+                    f"The package {pin} is not installed; install requirements/classic.lock with --no-deps."
                 )
         # Replay lies on this machine or in this cluster: an HTTP proxy would only be in the way.
         os.environ.setdefault("grpc_proxy", "")
@@ -140,8 +140,8 @@ def _import_reverb() -> ModuleType:
         return importlib.import_module("reverb")
     except ImportError as error:
         raise UserError(
-            f"Reverb can not be imported ({error}); install requirements.lock with --no-deps, which pins the "
-            f"one TensorFlow that fits, or try --replay.import-mode full."
+            f"Reverb can not be imported ({error}); install requirements/classic.lock with --no-deps, which "
+            "pins the one TensorFlow that fits, or try --replay.import-mode full."
         ) from error
 
 
@@ -179,7 +179,9 @@ def _tensorflow_version() -> str:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise UserError("tensorflow-cpu==2.15.1 is not installed; install requirements.lock with --no-deps.")
+    raise UserError(
+        "tensorflow-cpu==2.15.1 is not installed; install requirements/classic.lock with --no-deps."
+    )
 
 
 def _placeholder(name: str, exported: tuple[str, ...]) -> ModuleType:

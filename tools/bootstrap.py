@@ -1,8 +1,9 @@
-"""Makes `.venv`: the pinned packages of the lock and this project, editable. Called by `make`.
+"""Makes `.venv`: the pinned packages of a lock and this project, editable. Called by `make`.
 
 Needs only the standard library and runs on any Python >= 3.6, so that it can say which Python is missing.
-A second call finds the stamp of the first and returns at once. The stamp is written last and names the
-digests of what was installed: an interrupted, moved, damaged or outdated environment is made anew.
+The Python that is found decides on the lock (stacks.py). A second call finds the stamp of the first and
+returns at once. The stamp is written last and names the Python and the digests of what was installed: an
+interrupted, moved, damaged or outdated environment is made anew, and so is one of another Python than wanted.
 """
 
 import argparse
@@ -16,36 +17,43 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Set
 
 from machine import (
-    PYTHON,
+    Python,
     SetupError,
     check_disk,
     check_platform,
     check_writable,
-    find_python,
+    choose_python,
     output_of,
     say,
     version_of,
 )
+from stacks import PYTHONS, Version, dotted, stack_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "safedreamer-setup.json"  # in the environment's folder
-LOCKS = {False: "requirements.lock", True: "requirements-cuda.lock"}  # by `cuda`
-# 3.0 and (without bytecode) 7.9 for the environment, the rest for what was downloaded.
-NEEDED_GB = {False: 4.0, True: 12.0}
 QUIET = [] if sys.stderr.isatty() else ["--quiet"]  # progress is for people
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Makes or checks the environment of this checkout; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Makes .venv from the pinned lock, or checks it.")
+    parser = argparse.ArgumentParser(description="Makes .venv from a pinned lock, or checks it.")
+    parser.add_argument("--venv", default=".venv", help="folder of the environment, below the checkout")
     parser.add_argument(
         "--cuda", type=int, choices=(0, 1), help="packages for a CUDA card? (default: as before)"
     )
+    parser.add_argument(
+        "--python", default="", help="command, path, version, classic or modern (default: as before, or any)"
+    )
+    parser.add_argument("--which", action="store_true", help="print the Python it would take, make nothing")
     args = parser.parse_args(argv)
-    return guarded(lambda: ensure(ROOT, None if args.cuda is None else bool(args.cuda)))
+    cuda = None if args.cuda is None else bool(args.cuda)
+    venv = ROOT / args.venv
+    if args.which:
+        return guarded(lambda: print(choose_python(args.python, venv, bool(cuda)).path))
+    return guarded(lambda: ensure(ROOT, venv, cuda, args.python))
 
 
 def guarded(work: Any) -> int:
@@ -64,28 +72,32 @@ def guarded(work: Any) -> int:
     return 0
 
 
-def ensure(root: Path, cuda: Optional[bool] = None) -> None:
-    """Leaves a complete `.venv` under `root`; `cuda=None` keeps the kind of packages that is there."""
-    venv = root / ".venv"
+def ensure(root: Path, venv: Path, cuda: Optional[bool] = None, python: str = "") -> None:
+    """Leaves a complete environment `venv` of the checkout `root`.
+
+    `cuda=None` keeps the kind of packages that is there, an empty `python` the Python.
+    """
     with one_at_a_time(root):
         stamp = read_stamp(venv)
         cuda = bool(stamp.get("cuda")) if cuda is None else cuda
-        lock = root / LOCKS[cuda]
-        wanted = fingerprint(root, cuda)
-        reason = why_rebuild(venv, stamp, wanted, lock)
-        if reason is None and stamp == wanted:
+        base = (None if python else kept_python(stamp)) or choose_python(python, venv, cuda)
+        wanted = fingerprint(root, venv, base.version, cuda)
+        reason = why_rebuild(venv, stamp, wanted)
+        if reason is None and stamp["project"] == wanted["project"]:
             return
-        check_platform()
+        stack = stack_of(base.version)
+        check_platform(stack, cuda)
         check_writable(root)
         if reason is not None:
-            python = find_python(venv)
-            check_disk(venv, NEEDED_GB[cuda])
-            say(f"{reason}: installing {lock.name} into .venv")
+            lock = root / stack.lock(cuda)
+            check_disk(venv, stack.needed_gb[cuda])
+            say(f"{reason}: installing {lock.name} into {venv.name}, with Python {wanted['python']}")
             remove(venv)
-            make_venv(python, venv)
+            make_venv(base, venv)
             install_lock(venv, lock)
+            stamp = {"base": base.path, "packages": installed(venv, lock)}
         install_project(venv, root)
-        write_stamp(venv, wanted)
+        write_stamp(venv, {**stamp, **wanted})
         say("ready")
 
 
@@ -109,13 +121,23 @@ def one_at_a_time(root: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------ what is there
 
 
-def fingerprint(root: Path, cuda: bool) -> Dict[str, Any]:
-    """What a finished set-up writes into its stamp."""
+def kept_python(stamp: Dict[str, Any]) -> Optional[Python]:
+    """The Python that the environment was made with, if it is still there and still serves."""
+    path = str(stamp.get("base", ""))
+    version = version_of(path)
+    if version is None or version not in PYTHONS or dotted(version) != stamp.get("python"):
+        return None
+    return Python(path, version)
+
+
+def fingerprint(root: Path, venv: Path, version: Version, cuda: bool) -> Dict[str, Any]:
+    """What a finished set-up writes into its stamp, beside the Python and the packages that it found."""
     return {
+        "python": dotted(version),
         "cuda": cuda,
-        "lock": digest(root / LOCKS[cuda]),
+        "lock": digest(root / stack_of(version).lock(cuda)),
         "project": digest(root / "pyproject.toml"),
-        "path": str(root / ".venv"),  # scripts hold it: a moved checkout needs a new environment
+        "path": str(venv),  # scripts hold it: a moved checkout needs a new environment
     }
 
 
@@ -124,7 +146,7 @@ def digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
-        raise SetupError(f"{path} is missing. Restore it with: git checkout -- {path.name}") from None
+        raise SetupError(f"{path} is missing. Restore it with: git checkout -- {path}") from None
 
 
 def read_stamp(venv: Path) -> Dict[str, Any]:
@@ -143,27 +165,37 @@ def write_stamp(venv: Path, stamp: Dict[str, Any]) -> None:
     os.replace(str(half), str(venv / STAMP))
 
 
-def why_rebuild(venv: Path, stamp: Dict[str, Any], wanted: Dict[str, Any], lock: Path) -> Optional[str]:
+def why_rebuild(venv: Path, stamp: Dict[str, Any], wanted: Dict[str, Any]) -> Optional[str]:
     """Why the environment must be made (anew), or None if its packages can stay."""
+    name = venv.name
     if not venv.exists():
-        return "no .venv yet"
+        return f"no {name} yet"
     if not stamp:
-        return ".venv is not finished"
+        return f"{name} is not finished"
     if stamp.get("path") != wanted["path"]:
-        return ".venv belongs to another folder"
+        return f"{name} belongs to another folder"
+    if stamp.get("python") != wanted["python"]:
+        return f"{name} has Python {stamp.get('python', 'of an older set-up')}"
     if stamp.get("lock") != wanted["lock"]:
         return "the pinned packages have changed"
-    if version_of(str(python_of(venv))) != PYTHON:
-        return ".venv has no working Python 3.11"
-    lost = missing(venv, lock)
-    return f".venv has lost {lost[0]} ({len(lost)} in all)" if lost else None
+    version = version_of(str(python_of(venv)))
+    if version is None or dotted(version) != wanted["python"]:
+        return f"{name} has no working Python {wanted['python']}"
+    there = metadata_folders(venv)
+    lost = [package for package in stamp.get("packages", []) if package not in there]
+    return f"{name} has lost {lost[0]} ({len(lost)} in all)" if lost else None
 
 
-def missing(venv: Path, lock: Path) -> List[str]:
-    """Pins of the lock that are not installed in that version, by the names of the metadata folders."""
-    site = venv / "lib" / "python3.11" / "site-packages"
-    there = {canonical(entry.name[: -len(".dist-info")]) for entry in site.glob("*.dist-info")}
-    return [pin for pin in pins(lock) if canonical(pin.replace("==", "-")) not in there]
+def installed(venv: Path, lock: Path) -> List[str]:
+    """Packages of the lock as they are installed, by the names of their metadata folders."""
+    wanted = [canonical(pin.replace("==", "-")) for pin in pins(lock)]
+    return sorted(metadata_folders(venv).intersection(wanted))
+
+
+def metadata_folders(venv: Path) -> Set[str]:
+    """Names and versions of all packages of an environment."""
+    folders = venv.glob("lib/python3.*/site-packages/*.dist-info")
+    return {canonical(folder.name[: -len(".dist-info")]) for folder in folders}
 
 
 def pins(lock: Path) -> List[str]:
@@ -195,17 +227,17 @@ def remove(venv: Path) -> None:
         shutil.rmtree(str(venv))
 
 
-def make_venv(python: str, venv: Path) -> None:
+def make_venv(python: Python, venv: Path) -> None:
     """Makes an environment that holds nothing but pip."""
-    if run([python, "-m", "venv", str(venv)], quiet=True):
+    if run([python.path, "-m", "venv", str(venv)], quiet=True):
         return
-    uv = shutil.which("uv")  # makes one where Debian's python3.11 came without python3.11-venv
-    if uv and run([uv, "venv", "--quiet", "--clear", "--seed", "--python", python, str(venv)]):
+    uv = shutil.which("uv")  # makes one where Debian's Python came without its venv module
+    if uv and run([uv, "venv", "--quiet", "--clear", "--seed", "--python", python.path, str(venv)]):
         return
     shutil.rmtree(str(venv), ignore_errors=True)
     raise SetupError(
-        f"{python} cannot make virtual environments. Install its venv module (Debian 12: apt-get install "
-        "python3.11-venv) or uv, and run the same command again."
+        f"{python.path} cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt-get "
+        f"install python{dotted(python.version)}-venv) or uv, and run the same command again."
     )
 
 

@@ -282,16 +282,29 @@ for resume, steps in ((None, (100, 200)), (100, (150,))):
 
 
 def wandb_records(file: Path) -> list:
-    from wandb.proto import wandb_internal_pb2 as proto
-    from wandb.sdk.internal.datastore import DataStore
+    """What W&B wrote for `wandb sync`: after 7 bytes of its own a log of LevelDB's form, in blocks of 32 KiB.
 
-    store = DataStore()
-    store.open_for_scan(str(file))
-    records = []
-    while (data := store.scan_data()) is not None:
-        record = proto.Record()  # pyright: ignore[reportAttributeAccessIssue]
-        record.ParseFromString(data)
-        records.append(record)
+    W&B's own reader is gone since 0.31.
+    """
+    from wandb.proto import wandb_internal_pb2 as proto
+
+    data, at, parts, records = file.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while at < len(data):
+        in_block = 2**15 - at % 2**15
+        if in_block < 7:  # too little for a header
+            at += in_block
+            continue
+        _, length, kind = struct.unpack_from(
+            "<IHB", data, at
+        )  # checksum, bytes that follow, place in the record
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole record, or its last part
+            record = proto.Record()  # pyright: ignore[reportAttributeAccessIssue]
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
     return records
 
 

@@ -13,6 +13,7 @@ from common.config_checks import check
 from deploy.flags import parse_train
 from deploy.jobs import STOP_SECONDS
 from deploy.shipping import ROOT
+from deploy.stack import lock
 
 
 def read(name: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def test_the_launcher_takes_the_cluster():
     for local in cluster["file_mounts"].values():
         assert (ROOT / local).is_file()
     install = next(line for line in cluster["setup_commands"] if "pip install" in line)
-    assert "--no-deps -r ~/safedreamer/requirements-cuda.lock" in install
+    assert "--no-deps -r ~/safedreamer/classic-cuda.lock" in install
     assert len(cluster["provider"]["worker_ips"]) == cluster["max_workers"]
     assert any("--dashboard-host=127.0.0.1" in line for line in cluster["head_start_ray_commands"])
 
@@ -55,7 +56,7 @@ def test_the_ray_job_fits_its_training():
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)
     }
     cluster = spec["rayClusterSpec"]
-    assert f"ray=={cluster['rayVersion']}" in (ROOT / "requirements.lock").read_text().splitlines()
+    assert f"ray=={cluster['rayVersion']}" in (ROOT / lock()).read_text().splitlines()
     learner, actors = cluster["workerGroupSpecs"]
     for group in (cluster["headGroupSpec"], learner, actors):
         (container,) = group["template"]["spec"]["containers"]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from deploy import doctor, probes
+from deploy import doctor, probes, stack
 from deploy.probes import Check
 
 USAGE = namedtuple("USAGE", "total used free")
@@ -172,11 +172,33 @@ def test_cuda_cards(
         ([({}, "lite broke"), ({}, "full broke")], "fail", ["lite", "full"]),
     ],
 )
-def test_reverb(answers, found, status: str, modes: list[str]) -> None:
+def test_reverb(answers, monkeypatch: pytest.MonkeyPatch, found, status: str, modes: list[str]) -> None:
+    monkeypatch.setattr(probes, "stack", lambda: "classic")
+    monkeypatch.setattr(probes.importlib.metadata, "version", lambda package: "0.14.0")
     asked = answers(*found)
     check = probes.reverb("reverb")
     assert check.status == status
     assert [argument for argument, _ in asked] == modes
+
+
+def test_reverb_that_was_lost(answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(probes, "stack", lambda: "classic")
+    monkeypatch.setattr(probes.importlib.metadata, "version", lost)
+    assert probes.reverb("reverb") == Check(
+        "reverb", "fail", "dm-reverb is not installed", "run `make setup`"
+    )
+
+
+def test_no_reverb_is_no_failure_where_none_exists(answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack.sys, "version_info", (3, 13, 0))
+    asked = answers()
+    check = probes.reverb("reverb")
+    assert (check.status, check.hint) == ("ok", "")
+    assert check.detail == "replay in memory: there is no Reverb for Python 3.13"
+    assert not asked
 
 
 @pytest.mark.parametrize(
@@ -232,19 +254,63 @@ def test_bounds(amount: float, status: str) -> None:
     assert bool(check.hint) == (status != "ok")
 
 
-def test_packages_are_compared_with_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jax = importlib.metadata.version("jax")
+@pytest.mark.parametrize(
+    ("version", "status", "detail"),
+    [
+        ((3, 11), "ok", "classic packages"),
+        ((3, 12), "ok", "modern packages"),
+        ((3, 13), "ok", "modern packages"),
+        ((3, 10), "fail", ""),
+        ((3, 14), "fail", ""),
+    ],
+)
+def test_python(monkeypatch: pytest.MonkeyPatch, version, status: str, detail: str) -> None:
+    monkeypatch.setattr(stack.sys, "version_info", (*version, 0))
+    check = doctor.python("python")
+    assert check.status == status
+    assert check.detail.endswith(detail)
+    assert ("Python 3.11, 3.12 or 3.13" in check.hint) == (status == "fail")
+
+
+@pytest.mark.parametrize(
+    ("version", "place", "status", "hint"),
+    [
+        ((3, 11), ("Linux", "x86_64"), "ok", ""),
+        ((3, 12), ("Linux", "aarch64"), "ok", ""),
+        ((3, 13), ("Darwin", "arm64"), "ok", ""),
+        ((3, 11), ("Linux", "aarch64"), "fail", "`make setup PYTHON=modern` does without it"),
+        ((3, 13), ("Darwin", "x86_64"), "fail", "packages for Linux x86_64, Linux aarch64, Darwin arm64"),
+        ((3, 11), ("Windows", "AMD64"), "fail", "use such a machine or container"),
+    ],
+)
+def test_platform(monkeypatch: pytest.MonkeyPatch, version, place, status: str, hint: str) -> None:
+    monkeypatch.setattr(stack.sys, "version_info", (*version, 0))
+    monkeypatch.setattr(doctor.platform, "system", lambda: place[0])
+    monkeypatch.setattr(doctor.platform, "machine", lambda: place[1])
+    check = doctor.system("platform")
+    assert check.status == status
+    assert check.detail.startswith(" ".join(place))
+    assert hint in check.hint
+
+
+@pytest.mark.parametrize("version", [(3, 11), (3, 13)])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_packages_are_compared_with_their_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version, cuda: bool
+) -> None:
+    Package = namedtuple("Package", "name version")
+    there = [Package("jax", "1.2"), Package("pyyaml", "6.0"), *([Package("jax-cuda13-pjrt", "1")] * cuda)]
+    monkeypatch.setattr(doctor.importlib.metadata, "distributions", lambda: there)
+    monkeypatch.setattr(stack.sys, "version_info", (*version, 0))
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    for kind in ("", "-cuda"):
-        (tmp_path / f"requirements{kind}.lock").write_text(
-            f"# made by\njax=={jax}\nPyYAML==0.1\nno-such==1.0\n"
-        )
+    lock = tmp_path / stack.lock(cuda=cuda)
+    lock.parent.mkdir()
+    lock.write_text("# made by\njax==1.2\nPyYAML==0.1\nno-such==1.0\n")
     check = doctor.packages("packages")
     assert (check.status, check.hint) == ("warn", "run `make setup`")
-    assert check.detail.startswith("2 of 3 not as in requirements")
-    assert "no-such missing" in check.detail
-    for kind in ("", "-cuda"):
-        (tmp_path / f"requirements{kind}.lock").write_text(f"jax=={jax}\n")
+    kind = {(3, 11): "classic", (3, 13): "modern"}[version] + ("-cuda" if cuda else "")
+    assert check.detail == f"2 of 3 not as in requirements/{kind}.lock: PyYAML 6.0, no-such missing"
+    lock.write_text("jax==1.2\n")
     assert doctor.packages("packages").status == "ok"
 
 
@@ -269,6 +335,21 @@ def test_cores_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     check = doctor.cores("cores")
     assert (check.status, check.detail) == ("warn", "1.5 usable")
+
+
+def test_what_only_linux_has_is_not_missed_elsewhere(
+    answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.delattr(doctor.os, "sched_getaffinity")
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(probes.sys, "platform", "darwin")
+    assert doctor.cores("cores") == Check("cores", "ok", "8 usable")
+    assert doctor.shared_memory("/dev/shm") == Check("/dev/shm", "ok", "not used on Darwin")
+    asked = answers(({"contrast": 9}, ""))
+    assert probes.rendering("rendering") == Check("rendering", "ok", "MUJOCO_GL=cgl")
+    assert asked == [("", "cgl")]
 
 
 def test_fullest_disk_counts(monkeypatch: pytest.MonkeyPatch) -> None:
