@@ -191,6 +191,7 @@ CHECKS: tuple[tuple[str, Callable[[str], Check]], ...] = (
     ("/dev/shm", shared_memory),
     ("accelerator", probes.accelerator),
     ("reverb", probes.reverb),
+    ("replay port", probes.port),
     ("ray", probes.ray),
     ("rendering", probes.rendering),
     ("wandb", wandb),

@@ -1,15 +1,16 @@
 """Keeps a listening port to one address of this machine. Needs no privilege (Linux from 4.6 on).
 
 Reverb listens on every address and has no option for another choice. But its socket shares its port with
-others of the same user (`man 7 socket`: SO_REUSEPORT), and a program that one of them brings along chooses who
-gets a connection (SO_ATTACH_REUSEPORT_CBPF). So a socket of ours listens there before Reverb does, with a program
-that gives Reverb what was sent to the one address, and ours everything else. Ours accepts nothing and its
-queue is full, so that the kernel drops what it is given: from elsewhere the port seems not to be there.
+others of the same user (`man 7 socket`: SO_REUSEPORT), and a program that one of them brings along chooses
+who gets a connection (SO_ATTACH_REUSEPORT_CBPF). So a socket of ours listens there before Reverb does, with
+a program that gives Reverb what was sent to the one address, and ours everything else. Ours accepts nothing
+and its queue is full, so that the kernel drops what it is given: from elsewhere nothing seems to be there.
 A packet filter (SO_ATTACH_FILTER) would do the same, but newer kernels let only administrators have one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import socket
 import struct
@@ -78,9 +79,10 @@ class Gate:
         self._nobody: socket.socket | None = None
         if host in EVERYWHERE:
             return
-        self._nobody = socket.socket(socket.AF_INET6 if _has_six() else socket.AF_INET)
         try:
-            _listen(self._nobody, port, _program(self._allowed))
+            self._nobody = _sharing(port)
+            _choose(self._nobody, _program(self._allowed))
+            self._nobody.listen(_QUEUE)
         except OSError as error:
             self.close()
             raise _unbound(host, port, str(error.strerror)) from error
@@ -103,10 +105,17 @@ class Gate:
             self._nobody.close()
 
 
+def rehearse(host: str = LOOPBACK) -> None:
+    """Keeps a free port to the address for a moment. Raises UserError where this user cannot."""
+    with _sharing(0) as server, contextlib.closing(Gate(host, server.getsockname()[1])) as gate:
+        server.listen()
+        gate.check()
+
+
 def _unbound(host: str, port: int, reason: str) -> UserError:
     return UserError(
-        f"Port {port} cannot be kept to {host} ({reason}): run on Linux itself (4.6 or newer), or let the replay server "
-        f"answer at every address with --replay.host {EVERYWHERE[0]}, where nobody else can reach them."
+        f"Port {port} cannot be kept to {host} ({reason}): run on Linux itself (4.6 or newer), or let the replay "
+        f"server answer at every address with --replay.host {EVERYWHERE[0]}, where nobody else can reach them."
     )
 
 
@@ -120,17 +129,26 @@ def _has_six() -> bool:
     return True
 
 
-def _listen(each: socket.socket, port: int, program: list[_Instruction]) -> None:
-    """Shares the port, on every address, and decides with the program who of it gets a connection."""
-    if each.family == socket.AF_INET6:
-        each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    each.bind(("", port))
+def _sharing(port: int) -> socket.socket:
+    """A socket at every address of the port (0: a free one) that others of this user may have, too."""
+    each = socket.socket(socket.AF_INET6 if _has_six() else socket.AF_INET)
+    try:
+        if each.family == socket.AF_INET6:
+            each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        each.bind(("", port))
+    except OSError:
+        each.close()
+        raise
+    return each
+
+
+def _choose(each: socket.socket, program: list[_Instruction]) -> None:
+    """From now on the program chooses among the sockets of this one's port."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     described = struct.pack("@HP", len(program), ctypes.addressof(code))
     each.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, described)
-    each.listen(_QUEUE)
 
 
 def _program(allowed: Sequence[str]) -> list[_Instruction]:
