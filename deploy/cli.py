@@ -91,8 +91,10 @@ def _train(argv: list[str]) -> int:
     if args.resume is not None:
         runs.check_unfinished(args.resume, cfg)
         return _run(cfg, args.resume.absolute(), resume=True)
+    from deploy import wiring
     from deploy.train import check
 
+    cfg = wiring.settled(cfg)
     check(cfg, warm)  # before a directory is made
     run = runs.create(args.run_dir or runs.default_path(cfg), cfg)
     try:

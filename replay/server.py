@@ -6,7 +6,6 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,9 @@ from common.config import ReplayConfig
 from common.types import ArraySpec, UserError
 from replay import backend, binding
 from replay.storage import CheckpointStore
-from replay.table import table_spec
+from replay.table import ReplayInfo, table_spec
 
 _PORT_SECONDS = 30.0  # how long a predecessor that was just killed may hold the port
-
-
-@dataclass(frozen=True)
-class ReplayInfo:
-    """State of the table; the counts survive a restore. Prefetched samples count as sampled."""
-
-    size: int  # items that can be sampled
-    inserted: int  # items
-    sampled: int  # items
 
 
 class ReplayServer:
@@ -90,10 +80,7 @@ class ReplayServer:
         try:
             return self._store.adopt(Path(self._client.checkpoint()))
         except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"The replay buffer could not be saved in {self._store.directory}: {error}. "
-                "Make room on the disk, or switch it off with --replay.no-checkpoint."
-            ) from error
+            raise self._store.not_saved(error) from error
 
     def info(self) -> ReplayInfo:
         """What is in the table now, and what went through it."""

@@ -7,7 +7,7 @@ import pytest
 
 from common.config import ReplayConfig
 from replay.sampler import BatchSampler
-from replay.server import ReplayInfo
+from replay.table import ReplayInfo
 from replay.writer import StreamWriter
 
 CONFIG = ReplayConfig(capacity=10_000)
