@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes.util
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from replay.backend import exists as reverb_exists
 
 ROOT = Path(__file__).resolve().parent.parent
 GL_PACKAGES = {"EGL": "libegl1", "GLESv2": "libgles2", "OSMesa": "libosmesa6"}  # library -> Debian package
@@ -164,7 +165,7 @@ def reverb(name: str) -> Check:
 
 def port(name: str) -> Check:
     """Whether this user can keep Reverb's port to this machine."""
-    if importlib.util.find_spec("reverb") is None:
+    if not reverb_exists():
         return Check(name, "ok", "replay in memory opens no port")
     facts, why = probe(_PORT, seconds=30)
     if why:

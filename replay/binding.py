@@ -114,8 +114,8 @@ def rehearse(host: str = LOOPBACK) -> None:
 
 def _unbound(host: str, port: int, reason: str) -> UserError:
     return UserError(
-        f"Port {port} cannot be kept to {host} ({reason}): run on Linux itself (4.6 or newer), or let the replay "
-        f"server answer at every address with --replay.host {EVERYWHERE[0]}, where nobody else can reach them."
+        f"Port {port} cannot be kept to {host} ({reason}): train with --replay.server memory, which opens "
+        f"none, or, where no stranger reaches this machine, with --replay.host {EVERYWHERE[0]}."
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -14,6 +16,7 @@ import pytest
 from common.types import UserError
 from replay import binding
 from replay.server import free_ports
+from tests import ordinary
 from tests.network import reaches
 
 LOOPBACK, OTHER = "127.0.0.1", "127.0.0.2"
@@ -177,6 +180,34 @@ def test_what_the_setting_means() -> None:
     assert binding.address("fd00::2", 5) == "[fd00::2]:5"
 
 
+# --- without privileges ---------------------------------------------------------------------------
+
+REHEARSED_BY_NOBODY = """
+import os, sys
+from replay import binding
+from tests import ordinary
+if os.geteuid() == 0:  # after the imports: the files may lie where other users cannot read
+    os.setgroups([])
+    os.setgid(ordinary.UID)
+    os.setuid(ordinary.UID)
+assert not ordinary.privileges(os.getpid())
+for host in sys.argv[1:]:
+    binding.rehearse(host)
+"""
+
+
+def test_no_privilege_is_needed() -> None:
+    hosts = (LOOPBACK, OTHER, *SIX, *OWN)
+    done = subprocess.run(
+        [sys.executable, "-c", REHEARSED_BY_NOBODY, *hosts],
+        cwd=ordinary.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # --- the server itself ----------------------------------------------------------------------------
 
 
@@ -191,6 +222,39 @@ def test_a_replay_server_answers_at_one_other_address(serve) -> None:
     server = serve(host=OTHER)
     assert server.info().size == 0  # its own client, too, goes to that address
     assert [host for host in (LOOPBACK, OTHER, *OWN) if reaches(host, server.port)] == [OTHER]
+
+
+IN_A_NETWORK_OF_IPV4 = """
+import sys
+from pathlib import Path
+from common.config import ReplayConfig
+from common.types import ArraySpec
+from replay.server import ReplayServer
+from tests import ordinary
+from tests.network import reaches
+sizes = dict(batch_length=8, train_ratio=16.0, batch_size=4, min_steps=20)
+server = ReplayServer({"is_first": ArraySpec((), "bool")}, ReplayConfig(), **sizes)
+print([reaches(host, server.port) for host in ("127.0.0.1", "127.0.0.2", "::1")])
+server.stop()
+"""
+
+
+def test_a_replay_server_without_ipv6() -> None:
+    namespace = ["unshare", "--map-root-user", "--net", "sh", "-ec"]
+    setup = "ip link set lo up; echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"
+    try:
+        subprocess.run([*namespace, setup], check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", "") or error
+        pytest.skip(f"NOT TESTED, a network without IPv6: none can be made here ({reason})")
+    done = subprocess.run(
+        [*namespace, f'{setup}; exec "$@"', "sh", sys.executable, "-c", IN_A_NETWORK_OF_IPV4],
+        cwd=ordinary.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "[True, False, False]", done.stderr
 
 
 def test_a_replay_server_answers_everywhere_when_asked(serve) -> None:
