@@ -92,6 +92,7 @@ def ran(home: Path) -> Iterator[Ran]:
     family: set[psutil.Process] = set()
     try:
         wait_until(lambda: process.poll() is not None or updates(run) > 0)
+        assert process.poll() is None, (home / "run.txt").read_text()
         family = {process, *process.children(recursive=True)}
         listening = {address for each in family for address in listens(each)}
         ports = {port for _, port in listening}
@@ -173,21 +174,15 @@ def test_it_trained_and_saved(ran: Ran) -> None:
     assert "stopped and saved" in ran.output
 
 
-def needs_ordinary_user() -> None:
-    words, reason = ordinary.command()
-    if os.geteuid() == 0 and not words:
-        pytest.skip(f"NOT TESTED, a training without privileges: {reason}")
-
-
 def test_it_needed_no_privilege(ran: Ran) -> None:
-    needs_ordinary_user()
+    ordinary.needed("a training without privileges")
     assert ran.users == {ordinary.UID}
     assert ran.privileges == set()
 
 
 @pytest.mark.parametrize("server", ["reverb", "memory"])
 def test_it_needs_none_without_ray(home: Path, server: str) -> None:
-    needs_ordinary_user()
+    ordinary.needed("a training without privileges")
     name = f"inline-{server}"
     process = start(home, name, merge(tiny(), {"env_steps": 400, "replay": {"server": server}}, "test"))
     try:
