@@ -393,6 +393,12 @@ def test_wandb_login(home: Path, monkeypatch: pytest.MonkeyPatch, login) -> None
     assert SECRET not in check.detail + check.hint
 
 
+def test_a_user_without_a_home_is_not_logged_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as under a user id without a name
+    monkeypatch.delenv("HOME")
+    assert doctor.wandb("wandb").detail.startswith("not logged in")
+
+
 def test_broken_wandb_settings(home: Path) -> None:
     (home / ".config/wandb").mkdir(parents=True)
     (home / ".config/wandb/settings").write_text(f"api_key = {SECRET}\n")
