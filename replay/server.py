@@ -61,11 +61,14 @@ class ReplayServer:
         self._store = CheckpointStore(checkpoint_dir, self.spec) if checkpoint_dir is not None else None
         self.port = port or free_ports(1)[0]
         _await_port(self.port)
-        self._server = self._restored(backend.load(cfg.import_mode))
+        reverb = backend.load(cfg.import_mode)
+        self._server: Any = None
+        self._gate = binding.Gate(host, self.port)
         try:
-            binding.keep_to(host, self.port)
-        except UserError:
-            self._server.stop()
+            self._server = self._restored(reverb)
+            self._gate.check()
+        except BaseException:
+            self.stop()
             raise
         address = binding.address(binding.reached_at(host), self.port)
         self._client = backend.connect(address, cfg.import_mode)
@@ -87,7 +90,9 @@ class ReplayServer:
 
     def stop(self) -> None:
         """Ends the service; writers and samplers that wait for it go on waiting."""
-        self._server.stop()
+        if self._server is not None:
+            self._server.stop()
+        self._gate.close()
 
     def _restored(self, reverb: Any) -> Any:
         """The server with the newest checkpoint that Reverb can read."""

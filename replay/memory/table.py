@@ -60,7 +60,8 @@ class Lane:
             for number, spec in enumerate(layout.columns)
         ]
         self.steps, self.length, self.stride = steps, length, stride
-        self.starts = np.zeros(steps, np.int64)  # of windows, those that wait among them
+        # Of windows, those that wait among them, and for a moment of some whose steps were just overwritten.
+        self.starts = np.zeros(steps + length, np.int64)
         self.windows = windows  # that can be sampled at most
         self.written = 0  # steps ever
         self.run = 0  # steps of the present stream
