@@ -304,7 +304,7 @@ np.savez(sys.argv[1], outside=env.render(), **images)
 
 @pytest.mark.parametrize("backend", ["egl", "osmesa"])
 def test_both_backends_draw_and_leave_in_peace(backend, tmp_path):
-    if not all(rendering._loads(library) for library in rendering._BACKENDS[backend]):
+    if not all(rendering._loads(library) for library in rendering.backends()[backend]):
         pytest.skip(f"no {backend} here")
     names = {key: value for key, value in os.environ.items() if key != "PYOPENGL_PLATFORM"}
     done = subprocess.run(
