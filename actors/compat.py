@@ -411,9 +411,9 @@ def _tiny_model(compiler: str = "") -> Any:
 # What may be missing, and what puts it back.
 _REPAIRS: tuple[tuple[Callable[[], bool], Callable[[], None]], ...] = (
     (_specs_lack_autoreset, _keep_autoreset_in_specs),
+    (_comparisons_overflow, _let_bounds_overflow),
     (_joints_need_integers, _find_joints_by_array),
     (_floats_need_scalars, _take_floats_of_arrays),
-    (_comparisons_overflow, _let_bounds_overflow),
     (_viewers_need_sizes, _size_viewers),
     (_markers_keep_leftovers, _clear_markers),
     (_viewers_lack_cgl, _add_cgl_to_viewers),

@@ -49,6 +49,8 @@ def scaled(env, action):
         # The package's markers of lidar readings hang above the robot; one that leans as an ant does
         # sees some of them, which would show it what it must not see.
         ("SafetyAntGoal1-v0", "auto", False),
+        ("SafetyCarPush1-v0", "vision", True),
+        ("SafetyDoggoGoal1-v0", "auto", False),
     ],
 )
 def test_frames_are_the_packages_across_resets(task, names, markers):
