@@ -1,12 +1,26 @@
-"""Imports safety-gymnasium 1.0.0 on Python 3.11, silently and untouched otherwise."""
+"""Imports safety-gymnasium 1.0.0, silently and otherwise untouched, also where its surroundings are newer than it.
+
+The package was written for Python 3.10, gymnasium 0.28, MuJoCo 2.3 and numpy 1. What it misses in newer
+ones is put back here, in the package's own modules and classes alone: gymnasium, mujoco and numpy stay as
+they are. Every repair looks for what is missing, never at a version, and names the error that it prevents;
+where nothing is missing, nothing is changed. Numbers are never touched: rewards, costs and observations are
+those of the package on the same MuJoCo.
+"""
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -25,16 +39,27 @@ def safety_gymnasium() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Everything that safety-gymnasium builds on is imported first, so that only its own
-        # dataclasses see the replaced decorator.
+        # modules see what is replaced meanwhile.
         import gymnasium_robotics  # noqa: F401
 
-        original = dataclasses.dataclass
-        dataclasses.dataclass = _array_tolerant(original)
-        try:
+        with _array_tolerant_dataclasses(), _moved_wrappers():
             import safety_gymnasium as module
-        finally:
-            dataclasses.dataclass = original
+    for is_missing, repair in _REPAIRS:
+        if is_missing():
+            repair()
     return module
+
+
+def versions() -> dict[str, str]:
+    """Which simulator this process steps: package -> version, for what is recorded with results.
+
+    Physics differ between versions of MuJoCo, so that a score belongs to the one that it was made with.
+    Quick: reads the packages' metadata and imports nothing more.
+    """
+    return {
+        "mujoco": mujoco.__version__,
+        "safety-gymnasium": importlib.metadata.version("safety-gymnasium"),
+    }
 
 
 def _silence_notices() -> None:
@@ -45,13 +70,25 @@ def _silence_notices() -> None:
     notifications.pop("gymnasium_robotics", None)
 
 
-def _array_tolerant(original: Any) -> Any:
-    """A `dataclass` decorator that takes numpy arrays as defaults.
+# ------------------------------------------------------------------------------------ while it is imported
 
-    Python 3.11 refuses unhashable defaults; safety-gymnasium 1.0.0 gives colours as arrays. Every
-    instance gets its own copy.
+
+@contextlib.contextmanager
+def _array_tolerant_dataclasses() -> Iterator[None]:
+    """`dataclasses.dataclass` takes numpy arrays as defaults; every instance gets its own copy.
+
+    Python 3.11 and newer: "ValueError: mutable default <class 'numpy.ndarray'> ... use default_factory".
+    safety-gymnasium gives colours as arrays.
     """
+    original = dataclasses.dataclass
+    dataclasses.dataclass = _array_tolerant(original)
+    try:
+        yield
+    finally:
+        dataclasses.dataclass = original
 
+
+def _array_tolerant(original: Any) -> Any:
     def dataclass(cls: type | None = None, /, **options: Any) -> Any:
         def wrap(cls: type) -> type:
             for name in inspect.get_annotations(cls):
@@ -63,3 +100,207 @@ def _array_tolerant(original: Any) -> Any:
         return wrap if cls is None else wrap(cls)
 
     return dataclass
+
+
+# Module of `gymnasium.wrappers` -> what safety-gymnasium imports from it -> where that is today.
+_MOVED = {
+    "autoreset": {"AutoResetWrapper": "gymnasium.wrappers:Autoreset"},
+    "compatibility": {"EnvCompatibility": "gymnasium:Wrapper"},  # gone for good; only named, never made
+    "env_checker": {"PassiveEnvChecker": "gymnasium.wrappers:PassiveEnvChecker"},
+    "normalize": {
+        "NormalizeObservation": "gymnasium.wrappers:NormalizeObservation",
+        "NormalizeReward": "gymnasium.wrappers:NormalizeReward",
+        "RunningMeanStd": "gymnasium.wrappers.utils:RunningMeanStd",
+    },
+    "time_limit": {"TimeLimit": "gymnasium.wrappers:TimeLimit"},
+}
+
+
+@contextlib.contextmanager
+def _moved_wrappers() -> Iterator[None]:
+    """The modules of `gymnasium.wrappers` that its 1.0 merged into others, as long as they are needed.
+
+    gymnasium 1.0 and newer: "ModuleNotFoundError: No module named 'gymnasium.wrappers.autoreset'", and
+    so on. The classes are the same but for those that normalise, which nothing here uses.
+    """
+    added = []
+    for name, members in _MOVED.items():
+        path = f"gymnasium.wrappers.{name}"
+        if importlib.util.find_spec(path) is not None:
+            continue
+        module = ModuleType(path)
+        for member, origin in members.items():
+            where, _, what = origin.partition(":")
+            setattr(module, member, getattr(importlib.import_module(where), what))
+        sys.modules[path] = module
+        added.append(path)
+    try:
+        yield
+    finally:
+        for path in added:
+            del sys.modules[path]
+
+
+# ------------------------------------------------------------------------------------------- afterwards
+
+
+def _specs_lack_autoreset() -> bool:
+    from gymnasium.envs.registration import EnvSpec
+
+    return "autoreset" not in {field.name for field in dataclasses.fields(EnvSpec)}
+
+
+def _keep_autoreset_in_specs() -> None:
+    """The package's `make` finds and gives specifications with two fields that gymnasium dropped.
+
+    gymnasium 1.0 and newer: "AttributeError: 'EnvSpec' object has no attribute 'apply_api_compatibility'",
+    then "TypeError: EnvSpec.__init__() got an unexpected keyword argument 'autoreset'".
+    """
+    from safety_gymnasium.utils import registration
+
+    current, find = registration.EnvSpec, registration._find_spec
+
+    @dataclasses.dataclass
+    class EnvSpec(current):
+        autoreset: bool = False
+        apply_api_compatibility: bool = False
+
+    def find_spec(env_id: str) -> Any:
+        found = find(env_id)
+        fields = [field.name for field in dataclasses.fields(found) if field.init]
+        return EnvSpec(**{name: getattr(found, name) for name in fields})
+
+    registration.EnvSpec, registration._find_spec = EnvSpec, find_spec
+
+
+def _joints_need_integers() -> bool:
+    model = mujoco.MjModel.from_xml_string(
+        "<mujoco><worldbody><body><joint/><geom size='1'/></body></worldbody></mujoco>"
+    )
+    try:
+        model.jnt(np.zeros(1, np.int32))
+    except (TypeError, KeyError, IndexError):
+        return True
+    return False
+
+
+class _JointsByArray:
+    """A model whose joints are found by an array that holds one id, too."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def jnt(self, joint: np.ndarray) -> Any:
+        return self._model.jnt(joint.item())
+
+
+def _find_joints_by_array() -> None:
+    """Car, Ant and Doggo, whose sensors of joints give the joint as an array of one number.
+
+    MuJoCo 3.0 and newer, when such an environment is made: "TypeError: jnt(): incompatible function
+    arguments".
+    """
+    from safety_gymnasium.bases.base_agent import BaseAgent
+    from safety_gymnasium.world import Engine
+
+    original = BaseAgent._init_jnt_sensors
+
+    @functools.wraps(original)
+    def init_jnt_sensors(self: Any) -> None:
+        engine = self.engine
+        self.engine = Engine(_JointsByArray(engine.model), engine.data)
+        try:
+            original(self)
+        finally:
+            self.engine = engine
+
+    BaseAgent._init_jnt_sensors = init_jnt_sensors
+
+
+def _floats_need_scalars() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            float(np.zeros(1))
+        except TypeError:
+            return True
+    return False
+
+
+def _take_floats_of_arrays() -> None:
+    """Ant and Doggo, whose hinge angles are read as arrays of one number.
+
+    numpy 2.4 and newer, at a reset: "TypeError: only 0-dimensional arrays can be converted to Python
+    scalars".
+    """
+    from safety_gymnasium.bases import base_agent
+
+    def float_of(value: Any) -> float:
+        return builtins.float(np.asarray(value).item())
+
+    # A name of that module alone; it shadows the built-in one.
+    base_agent.float = float_of  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _comparisons_overflow() -> bool:
+    with np.errstate(over="raise"):
+        try:
+            np.zeros(1, np.float32) < float(np.finfo(np.float64).max)
+        except FloatingPointError:
+            return True
+    return False
+
+
+def _let_bounds_overflow() -> None:
+    """Action bounds of float32 that gymnasium compares with the limits of float64.
+
+    numpy 2.0 and newer with gymnasium 1.0 and newer, when an environment is made: "RuntimeWarning:
+    overflow encountered in cast". The limits become infinite there, which is what they are for float32.
+    """
+    from safety_gymnasium.bases.base_agent import BaseAgent
+
+    original = BaseAgent._build_action_space
+
+    @functools.wraps(original)
+    def build_action_space(self: Any) -> Any:
+        with np.errstate(over="ignore"):
+            return original(self)
+
+    BaseAgent._build_action_space = build_action_space
+
+
+def _viewers_need_sizes() -> bool:
+    from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
+
+    return "width" in inspect.signature(OffScreenViewer).parameters
+
+
+def _size_viewers() -> None:
+    """Pictures of the package's own making; it leaves their size in the model.
+
+    gymnasium 1.0 and newer, at `render`: "TypeError: OffScreenViewer.__init__() missing 2 required
+    positional arguments: 'width' and 'height'".
+    """
+    from safety_gymnasium.bases import underlying
+
+    viewer = underlying.OffScreenViewer
+
+    class OffScreenViewer(viewer):
+        def __init__(self, model: Any, data: Any):
+            size = model.vis.global_
+            super().__init__(model, data, size.offwidth, size.offheight)
+
+    underlying.OffScreenViewer = OffScreenViewer
+
+
+# What may be missing, and what puts it back.
+_REPAIRS: tuple[tuple[Callable[[], bool], Callable[[], None]], ...] = (
+    (_specs_lack_autoreset, _keep_autoreset_in_specs),
+    (_joints_need_integers, _find_joints_by_array),
+    (_floats_need_scalars, _take_floats_of_arrays),
+    (_comparisons_overflow, _let_bounds_overflow),
+    (_viewers_need_sizes, _size_viewers),
+)

@@ -52,13 +52,19 @@ class ReplayConfig:
     """Agent steps kept; the oldest leave first."""
     stride: int = 1
     """Agent steps between the starts of stored windows."""
+    server: Literal["auto", "reverb", "memory"] = "auto"
+    """Reverb's server, or one of our own in the memory of a process (no port; everywhere). auto: Reverb under
+    Ray where it exists (Linux x86_64, Python 3.11), else memory."""
+    compression: Literal["auto", "none", "lz4"] = "auto"
+    """Camera frames in a memory server: none is fastest, lz4 takes less than half of the memory; auto: lz4
+    from a full buffer of 4 GB on. Reverb always compresses."""
     shards: int = 1
     """Replay servers. Actors are spread over them, every batch is drawn from all of them alike, and one that
     is down holds up its own actors only."""
     port: int = 0
-    """Port of the replay server on its machine (of the first; others follow it); 0 picks free ones."""
+    """Port of a Reverb server on its machine (of the first; others follow it); 0 picks free ones."""
     host: str = "auto"
-    """The one address at which the replay servers answer: auto is loopback, on a cluster the node's own; an
+    """The one address at which Reverb servers answer: auto is loopback, on a cluster the node's own; an
     IP address of their machine; or 0.0.0.0 for every address."""
     checkpoint: bool = True
     """Save the replay buffer with every checkpoint."""

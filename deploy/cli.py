@@ -49,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if argv else 2)
-    # Compiled programs survive in the user's cache: the second run starts in seconds.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "safedreamer" / "jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    _keep_compiled()
     try:
         if argv[0] not in commands:
             near = configuration.did_you_mean(argv[0], commands)
@@ -67,6 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 0
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _keep_compiled() -> None:
+    """Lets compiled programs survive in the user's cache: the second run starts in seconds.
+
+    Where this user cannot write (a container under a bare user id), JAX would warn of every program.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = Path(home) / "safedreamer" / "jax"
+    there = next((folder for folder in (cache, *cache.parents) if os.path.exists(folder)), cache)
+    if cache.is_absolute() and os.access(there, os.W_OK | os.X_OK):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
 
 def _train(argv: list[str]) -> int:
@@ -91,8 +101,10 @@ def _train(argv: list[str]) -> int:
     if args.resume is not None:
         runs.check_unfinished(args.resume, cfg)
         return _run(cfg, args.resume.absolute(), resume=True)
+    from deploy import wiring
     from deploy.train import check
 
+    cfg = wiring.settled(cfg)
     check(cfg, warm)  # before a directory is made
     run = runs.create(args.run_dir or runs.default_path(cfg), cfg)
     try:

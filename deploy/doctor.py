@@ -117,7 +117,7 @@ def spelled(package: str) -> str:
 
 def wandb(name: str) -> Check:
     """Where a W&B key is stored; reads no key aloud and asks nobody."""
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR", Path.home() / ".config" / "wandb"))
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb"))
     settings = configparser.ConfigParser(interpolation=None)
     try:
         settings.read(folder / "settings")
@@ -131,7 +131,7 @@ def wandb(name: str) -> Check:
     if stored.get("api_key"):
         return Check(name, "ok", f"logged in by {folder / 'settings'}")
     for file in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         if path.is_file() and has_login(path, urlsplit(url).hostname or url):
             return Check(name, "ok", f"logged in by {path}")
     return Check(name, "ok", "not logged in (only --logging.wandb online needs it)", "run `wandb login`")
@@ -200,6 +200,7 @@ CHECKS: tuple[tuple[str, Callable[[str], Check]], ...] = (
     ("/dev/shm", shared_memory),
     ("accelerator", probes.accelerator),
     ("reverb", probes.reverb),
+    ("replay port", probes.port),
     ("ray", probes.ray),
     ("rendering", probes.rendering),
     ("wandb", wandb),

@@ -43,7 +43,7 @@ from deploy.supervision import (
 )
 from deploy.workers import EvaluationReport, Started
 from learner.learner import LearnerReport
-from replay.server import ReplayInfo
+from replay.table import ReplayInfo
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,13 @@
 """Everything in one process, one thread per part, without Ray: for debugging, tests and small machines.
 
-Only the replay server is a child process: Reverb must not sample in its own server's process.
+Only a Reverb server is a child process: Reverb must not sample in its own server's process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from common.metrics import MetricsWriter
 from common.types import EnvSpec
 from deploy import run_dir as runs
 from deploy import wiring
+from deploy.light_parts import MemoryReplay
 from deploy.weights import Holder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
 from replay import binding
+from replay.memory.link import DirectLink
+from replay.memory.server import MemoryServer
+from replay.memory.table import MemoryTable
 from replay.process import spawn_server
 from replay.server import free_ports, ports_from
 
@@ -49,23 +54,48 @@ class ThreadProxy:
         self._executor.shutdown(wait=True)
 
 
-class _Replay:
-    """A replay server as a child process, with the calls that the driver makes."""
+class _ReverbReplay:
+    """A Reverb server as a child process, with the calls that the driver makes."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, shard: int, port: int, host: str):
-        self._server = spawn_server(
-            **wiring.replay_arguments(cfg, spec, shard),
-            port=port,
-            host=host,
-            checkpoint_dir=runs.replay_dir(run, shard, cfg.replay.shards),
-            log=run / runs.REPLAY_LOG,
-        )
+    def __init__(self, arguments: dict[str, Any], port: int, host: str, log: Path):
+        self._server = spawn_server(**arguments, port=port, host=host, log=log)
         self.checkpoint, self.info = self._server.checkpoint, self._server.info
         self.close = self._server.stop
 
     def start(self) -> list[str]:
         """Sentences about damaged checkpoints."""
         return self._server.messages
+
+
+class _ReverbReplays:
+    """Reverb servers and their addresses."""
+
+    def __init__(self, cfg: Config, log: Path):
+        self._ports, self._log = ports_from(cfg.replay, free_ports), log
+        self._host = binding.chosen_host(cfg.replay.host, binding.LOOPBACK)
+        reached = binding.reached_at(self._host)
+        self.reaches = [binding.address(reached, port) for port in self._ports]
+
+    def make(self, shard: int, arguments: dict[str, Any]) -> _ReverbReplay:
+        return _ReverbReplay(arguments, self._ports[shard], self._host, self._log)
+
+
+class _MemoryReplays:
+    """Tables of this process and the ways to them."""
+
+    def __init__(self, cfg: Config):
+        self._servers: dict[int, MemoryServer] = {}
+        self.reaches = [DirectLink(partial(self._table, shard)) for shard in range(cfg.replay.shards)]
+
+    def make(self, shard: int, arguments: dict[str, Any]) -> MemoryReplay:
+        self._servers.pop(shard, None)
+        replay = MemoryReplay(arguments)
+        self._servers[shard] = replay.server
+        return replay
+
+    def _table(self, shard: int) -> MemoryTable | None:
+        server = self._servers.get(shard)
+        return None if server is None else server.table
 
 
 class _Client:
@@ -90,18 +120,18 @@ class InlineWorkers:
         self._cfg, self._spec, self._run = cfg, spec, run
         self.central = wiring.central_inference(cfg, gpus=0)
         self._holder = Holder()
-        self._ports = ports_from(cfg.replay, free_ports)
-        self._host = binding.chosen_host(cfg.replay.host, binding.LOOPBACK)
-        reached = binding.reached_at(self._host)
-        self._addresses = [binding.address(reached, port) for port in self._ports]
+        log = run / runs.REPLAY_LOG
+        self._replays = _MemoryReplays(cfg) if cfg.replay.server == "memory" else _ReverbReplays(cfg, log)
         self._proxies: dict[str, ThreadProxy] = {}
 
     def replay(self, shard: int) -> ThreadProxy:
-        arguments = (self._cfg, self._spec, self._run, shard, self._ports[shard], self._host)
-        return self._start(f"replay{shard}", lambda: _Replay(*arguments))
+        arguments = wiring.replay_arguments(self._cfg, self._spec, shard) | {
+            "checkpoint_dir": runs.replay_dir(self._run, shard, self._cfg.replay.shards)
+        }
+        return self._start(f"replay{shard}", lambda: self._replays.make(shard, arguments))
 
     def learner(self) -> ThreadProxy:
-        arguments = (self._cfg, self._spec, self._run, self._holder, self._addresses)
+        arguments = (self._cfg, self._spec, self._run, self._holder, self._replays.reaches)
         return self._start("learner", lambda: LearnerWorker(*arguments))
 
     def evaluator(self) -> ThreadProxy:
@@ -116,8 +146,8 @@ class InlineWorkers:
 
     def actor(self, index: int, life: int, prefill: int) -> ThreadProxy:
         client = _Client(lambda: self._proxies["inference"].target) if self.central else None
-        address = self._addresses[index % len(self._addresses)]
-        arguments = (self._cfg, self._spec, self._holder, address, index, life, prefill, client)
+        reach = self._replays.reaches[index % len(self._replays.reaches)]
+        arguments = (self._cfg, self._spec, self._holder, reach, index, life, prefill, client)
         return self._start(f"actor{index}", lambda: ActorWorker(*arguments))
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ from deploy import shipping, signals, wiring
 from deploy.accelerators import card
 from deploy.cluster import Cluster, Options, Placement, ThisMachine
 from deploy.joining import connect
-from deploy.light_parts import Metrics, Replay
+from deploy.light_parts import MemoryReplay, Metrics, ReverbReplay
+from deploy.replay_link import RayLink
 from deploy.weights import Holder, RayHolder
+from deploy.wiring import Reach
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
+from learner.learner import LearnerReport
 from replay import binding
 from replay.server import ports_from
 
 _STORE_BYTES = 300_000_000  # object store: a few versions of the parameters at a time
+_BATCHES_IN_STORE = 8  # and what the learner has fetched ahead
 _ANSWER_SECONDS = 1.0  # an actor looks up from its wait for a decision this often
 _PAUSE_SECONDS = 0.2  # before it asks a server again that is gone
 _LATE, _GONE = object(), object()
@@ -60,9 +64,18 @@ class RayProxy:
         return answer
 
 
+Handles = dict[str, Any]  # Ray actors by the names of their parts
+
+
 class _Learner(LearnerWorker):
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, holder: Any, addresses: list[str]):
-        super().__init__(cfg, spec, run, RayHolder(holder), addresses)
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, holder: Any, reaches: list[Reach]):
+        self._reaches = reaches
+        super().__init__(cfg, spec, run, RayHolder(holder), reaches)
+
+    def run_with(self, handles: Handles, *args: Any) -> LearnerReport:
+        """`run`, with the replays of now."""
+        _follow(self._reaches, handles)
+        return self.run(*args)
 
 
 class _Inference(InferenceWorker):
@@ -106,27 +119,36 @@ class _Client:
 
 
 class _Actor(ActorWorker):
-    def __init__(self, cfg: Config, spec: EnvSpec, holder: Any, server: Any, *rest: Any):
+    def __init__(self, cfg: Config, spec: EnvSpec, holder: Any, server: Any, reach: Reach, *rest: Any):
         self._client = None if server is None else _Client(server)
-        super().__init__(cfg, spec, RayHolder(holder), *rest, server=self._client)
+        self._reach = reach
+        super().__init__(cfg, spec, RayHolder(holder), reach, *rest, server=self._client)
 
-    def run_with(self, server: Any, *args: Any) -> RolloutReport:
-        """`run`, with the inference server of now."""
+    def run_with(self, handles: Handles, *args: Any) -> RolloutReport:
+        """`run`, with the inference server and the replays of now."""
         if self._client is not None:
-            self._client.go_to(server)
+            self._client.go_to(handles["inference"])
+        _follow([self._reach], handles)
         return self.run(*args)
 
 
-class _ActorProxy(RayProxy):
-    """Tells an actor with every slice where decisions are made."""
+def _follow(reaches: Sequence[Reach], handles: Handles) -> None:
+    """Leads links to the replays of now; an address stays what it is."""
+    for reach in reaches:
+        if isinstance(reach, RayLink):
+            reach.go_to(handles[reach.part])
 
-    def __init__(self, handle: Any, server: Callable[[], Any]):
+
+class _InformedProxy(RayProxy):
+    """Tells a part with every slice of work where the others are that it asks."""
+
+    def __init__(self, handle: Any, handles: Callable[[], Handles]):
         super().__init__(handle)
-        self._server = server
+        self._handles = handles
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         if method == "run":
-            return super().call("run_with", self._server(), *args)
+            return super().call("run_with", self._handles(), *args)
         return super().call(method, *args)
 
 
@@ -149,15 +171,15 @@ class RayWorkers:
         self._handles: dict[str, Any] = {}
         self._place: Placement | None = None
         self._owns_ray = not ray.is_initialized()
+        self._by_reverb = cfg.replay.server == "reverb"
+        self._replays = [f"replay{shard}" for shard in range(cfg.replay.shards)]
         try:
             if self._owns_ray:
-                connect(cfg.ray) if cfg.ray.address else start_ray()
+                connect(cfg.ray) if cfg.ray.address else start_ray(wiring.batch_bytes(cfg, spec))
             place = self._place = Cluster(cfg, run) if cfg.ray.address else ThisMachine(cfg)
             self.central = place.central
-            self._ports = ports_from(cfg.replay, place.free_ports)
+            self._ports = ports_from(cfg.replay, place.free_ports) if self._by_reverb else []
             self._host = binding.chosen_host(cfg.replay.host, place.host)
-            reached = binding.reached_at(self._host, place.host)
-            self._addresses = [binding.address(reached, port) for port in self._ports]
             # What it holds comes back with the next version: Ray may restart it by itself.
             self._holder = self._start("holder", Holder, place=place.beside_driver() | {"max_restarts": -1})
         except BaseException:
@@ -165,19 +187,24 @@ class RayWorkers:
             raise
 
     def replay(self, shard: int) -> RayProxy:
+        name, place = self._replays[shard], self._placed.replay()
         arguments = wiring.replay_arguments(self._cfg, self._spec, shard) | {
-            "port": self._ports[shard],
-            "host": self._host,
-            "checkpoint_dir": runs.replay_dir(self._run, shard, self._cfg.replay.shards),
+            "checkpoint_dir": runs.replay_dir(self._run, shard, self._cfg.replay.shards)
         }
-        place = self._placed.replay()
-        return RayProxy(self._start(f"replay{shard}", Replay, self._run, arguments, place=place, env=_ON_CPU))
+        if self._by_reverb:
+            arguments |= {"port": self._ports[shard], "host": self._host}
+            handle = self._start(name, ReverbReplay, self._run, arguments, place=place, env=_ON_CPU)
+        else:
+            calls = {"max_concurrency": self._cfg.actors.count + _SPARE_CALLS}
+            handle = self._start(name, MemoryReplay, arguments, place=place | calls, env=_ON_CPU)
+        return RayProxy(handle)
 
     def learner(self) -> RayProxy:
-        arguments = (self._cfg, self._spec, self._run, self._holder, self._addresses)
+        arguments = (self._cfg, self._spec, self._run, self._holder, self._reaches())
         place = self._placed.learner()
         env = memory.KEEP_FREED | card(place)
-        return RayProxy(self._start("learner", _Learner, *arguments, place=place, env=env))
+        handle = self._start("learner", _Learner, *arguments, place=place, env=env)
+        return _InformedProxy(handle, self._asked)
 
     def inference(self) -> RayProxy:
         arguments = (self._cfg, self._spec, self._holder)
@@ -199,19 +226,32 @@ class RayWorkers:
         return RayProxy(self._start("metrics", Metrics, *arguments, place=self._placed.beside_driver()))
 
     def actor(self, index: int, life: int, prefill: int) -> RayProxy:
-        server = lambda: self._handles.get("inference")  # noqa: E731
-        address = self._addresses[index % len(self._addresses)]
-        arguments = (self._cfg, self._spec, self._holder, server(), address, index, life, prefill)
+        reaches, server = self._reaches(), self._handles.get("inference")
+        reach = reaches[index % len(reaches)]
+        arguments = (self._cfg, self._spec, self._holder, server, reach, index, life, prefill)
         place, env = self._placed.actor(index), _ON_CPU | _ONE_THREAD
-        return _ActorProxy(self._start(f"actor{index}", _Actor, *arguments, place=place, env=env), server)
+        handle = self._start(f"actor{index}", _Actor, *arguments, place=place, env=env)
+        return _InformedProxy(handle, self._asked)
 
     def close(self) -> None:
-        for name in list(self._handles):
+        for name in reversed(list(self._handles)):  # whoever asks ends before who answers
             self._end(name)
         if self._place is not None:
             self._place.close()
         if self._owns_ray:
             ray.shutdown()
+
+    def _reaches(self) -> list[Reach]:
+        """What leads to the replay servers of now."""
+        if self._by_reverb:
+            reached = binding.reached_at(self._host, self._placed.host)
+            return [binding.address(reached, port) for port in self._ports]
+        return [RayLink(self._handles[part], part) for part in self._replays]
+
+    def _asked(self) -> Handles:
+        """The parts that others ask, not the driver alone."""
+        asked = ["inference"] * self.central + ([] if self._by_reverb else self._replays)
+        return {part: self._handles[part] for part in asked}
 
     @property
     def _placed(self) -> Placement:
@@ -233,8 +273,12 @@ class RayWorkers:
                 ray.kill(self._handles.pop(name))
 
 
-def start_ray() -> None:
-    """A Ray on this machine for this process alone. Raises UserError with the nearest right thing to do."""
+def start_ray(batch_bytes: int = 0) -> None:
+    """A Ray on this machine for this process alone. Raises UserError with the nearest right thing to do.
+
+    Args:
+        batch_bytes: of the batches that replay sends through Ray's shared memory.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
     # Every part has an environment of its own: workers that are started in advance would stay idle.
@@ -255,7 +299,7 @@ def start_ray() -> None:
                 configure_logging=True,
                 logging_level="error",
                 log_to_driver=True,
-                object_store_memory=_STORE_BYTES,
+                object_store_memory=_STORE_BYTES + _BATCHES_IN_STORE * batch_bytes,
                 runtime_env={"env_vars": {"PYTHONPATH": path}},
             )
     except Exception as error:

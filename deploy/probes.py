@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deploy.stack import stack
+from replay.backend import exists as reverb_exists
 
 ROOT = Path(__file__).resolve().parent.parent
 GL_PACKAGES = {"EGL": "libegl1", "GLESv2": "libgles2", "OSMesa": "libosmesa6"}  # library -> Debian package
@@ -49,14 +50,26 @@ from replay.backend import load
 load(sys.argv[2])
 facts = {"mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
 """
+_PORT = """
+from common.types import UserError
+from replay import binding
+facts = {"refused": ""}
+try:
+    binding.rehearse()
+except UserError as error:
+    facts["refused"] = str(error)
+"""
 _RAY = """
-import sys, time, ray
+import os, sys, time, ray, ray._common.utils
 start = time.monotonic()
 ray.init("local", num_cpus=1, include_dashboard=False, object_store_memory=10**8, log_to_driver=False,
          logging_level="error", _node_ip_address="127.0.0.1", _temp_dir=sys.argv[2])
 assert ray.get(ray.remote(lambda: 42).remote(), timeout=60) == 42
 ray.shutdown()
-facts = {"version": ray.__version__, "seconds": time.monotonic() - start}
+place = ray._common.utils.get_ray_temp_dir()  # of a training; made now, it would be nobody else's
+there = place if os.path.isdir(place) else os.path.dirname(place)
+facts = {"version": ray.__version__, "seconds": time.monotonic() - start, "place": place,
+         "writable": os.access(there, os.W_OK | os.X_OK)}
 """
 _RENDERING = """
 import mujoco
@@ -157,6 +170,21 @@ def reverb(name: str) -> Check:
     return Check(name, "warn", detail, "train with --replay.import-mode full")
 
 
+def port(name: str) -> Check:
+    """Whether this user can keep Reverb's port to this machine."""
+    if not reverb_exists():
+        return Check(name, "ok", "replay in memory opens no port")
+    facts, why = probe(_PORT, seconds=30)
+    if why:
+        return Check(
+            name, "fail", f"it cannot be tried to keep one to this machine: {why}", "run `make setup`"
+        )
+    if not facts["refused"]:
+        return Check(name, "ok", "can be kept to 127.0.0.1 by this user")
+    detail, _, hint = facts["refused"].partition(": ")
+    return Check(name, "fail", detail, hint)
+
+
 def ray(name: str) -> Check:
     """Starts a small Ray of its own, runs one task, stops it."""
     folder = tempfile.mkdtemp(prefix="doctor-")  # short: paths of sockets have at most 107 characters
@@ -166,6 +194,9 @@ def ray(name: str) -> Check:
         shutil.rmtree(folder, ignore_errors=True)
     if why:
         return Check(name, "fail", f"does not start: {why}", "free memory, or train with --backend inline")
+    if not facts["writable"]:
+        hint = "set RAY_TMPDIR to a folder of your own with a short path, or train with --backend inline"
+        return Check(name, "fail", f"this user cannot write in {facts['place']}", hint)
     return Check(name, "ok", f"ray {facts['version']}, started and stopped in {facts['seconds']:.0f} s")
 
 

@@ -45,6 +45,8 @@ RESUMABLE = (
     "learner.devices",
     "learner.precision",
     "replay.host",
+    "replay.server",
+    "replay.compression",
     "evaluation",
     "checkpoint",
     "supervision",

@@ -14,14 +14,15 @@ from common.config import Config
 from common.plots import plot_run
 from common.status import Status
 from common.terminal import RunResult, TerminalView, print_result
-from common.types import EnvSpec, UserError, replay_spec
+from common.types import EnvSpec, UserError
 from deploy import run_dir as runs
 from deploy import signals, warm_start, wiring
 from deploy.driver import Driver, Workers
 from deploy.outcome import Outcome
 from deploy.warm_start import WarmStart
 from learner.train_step import TrainStep
-from replay.table import memory_ceiling, table_spec
+from replay.storage import made_by
+from replay.table import table_spec
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
     Raises UserError when the run cannot start or go on, and Interrupted when a signal ends it before
     there is anything to save (or for the second time).
     """
+    cfg = wiring.settled(cfg, made_by(runs.replay_dir(run, 0, cfg.replay.shards)))
     spec = check(cfg)
     runs.check_links(run)
     if not resume and (idle := config_checks.unread(cfg)):
@@ -98,7 +100,7 @@ def _check_size(train: TrainStep) -> None:
 
 
 def _announce_memory(cfg: Config, spec: EnvSpec) -> None:
-    ceiling = memory_ceiling(replay_spec(spec), cfg.replay, batch_length=cfg.learner.batch_length)
+    ceiling = wiring.replay_memory(cfg, spec)
     free = psutil.virtual_memory().available
     steps = f"{cfg.replay.capacity:,} agent steps"
     text = f"replay: at most {ceiling / 1e9:.2f} GB for {steps} ({free / 1e9:.1f} GB free)"

@@ -19,8 +19,18 @@ from actors.rollout import Rollout
 from actors.safety_gym import env_spec
 from actors.tasks import cameras
 from actors.vector_env import SafetyVectorEnv
-from common.config import Config, SafetyConfig
-from common.types import Batch, EnvSpec, Params, ParamSource, Policy, UserError, Writer, replay_spec
+from common.config import Config, ReplayConfig, SafetyConfig
+from common.types import (
+    ArraySpec,
+    Batch,
+    EnvSpec,
+    Params,
+    ParamSource,
+    Policy,
+    UserError,
+    Writer,
+    replay_spec,
+)
 from learner.cost_model import (
     LATENT,
     Features,
@@ -41,7 +51,17 @@ from learner.layout import layout_of
 from learner.open_loop import Prediction, open_loop
 from learner.policy import ActingParams, Choose, actor_choice, make_policy, planner_choice
 from learner.train_step import Shared, TrainStep
+from replay import backend
+from replay.memory.link import Link
+from replay.memory.source import MemorySource
+from replay.memory.writer import stream_writers as memory_writers
+from replay.reverb_source import ReverbSource
+from replay.sampler import Source
 from replay.shards import Sampler, batches
+from replay.table import frames_bytes, memory_ceiling, reverb_ceiling, step_bytes
+from replay.writer import StreamWriter
+
+_LARGE_FRAMES = 4e9  # bytes of frames in a full replay, from which on they are compressed
 
 CONSTRAINTS: dict[str, Callable[[SafetyConfig], Constraint]] = {
     "none": lambda safety: unconstrained(),
@@ -239,6 +259,82 @@ def _published_structure(cfg: Config, spec: EnvSpec) -> Any:
     return jax.tree.structure(jax.eval_shape(lambda: train.acting(train.init(cfg.seed))))
 
 
+Reach = str | Link  # what leads to a replay: the address of a Reverb server, the link to one in memory
+
+
+class Replay(NamedTuple):
+    """A kind of replay, by what writes to it and reads from it."""
+
+    # (reach, signature, cfg, batch length, numbers of the streams, should_stop) -> a writer per stream
+    writers: Callable[
+        [Any, dict[str, ArraySpec], ReplayConfig, int, Sequence[int], Callable[[], bool]], Sequence[Writer]
+    ]
+    source: Callable[[Any, dict[str, ArraySpec], Config], Source]
+    memory: Callable[[dict[str, ArraySpec], ReplayConfig, int], int]  # bytes of a full table, at most
+
+
+def _reverb_writers(
+    address: str,
+    signature: dict[str, ArraySpec],
+    cfg: ReplayConfig,
+    length: int,
+    streams: Sequence[int],
+    should_stop: Callable[[], bool],
+) -> Sequence[Writer]:
+    return [StreamWriter(address, signature, cfg, length, should_stop=should_stop) for _ in streams]
+
+
+def _reverb_source(address: str, signature: dict[str, ArraySpec], cfg: Config) -> Source:
+    return ReverbSource(
+        address,
+        signature,
+        batch_size=cfg.learner.batch_size // cfg.replay.shards,
+        batch_length=cfg.learner.batch_length,
+        import_mode=cfg.replay.import_mode,
+    )
+
+
+def _memory_source(link: Link, signature: dict[str, ArraySpec], cfg: Config) -> Source:
+    return MemorySource(
+        link,
+        signature,
+        batch_size=cfg.learner.batch_size // cfg.replay.shards,
+        batch_length=cfg.learner.batch_length,
+    )
+
+
+REPLAYS = {
+    "reverb": Replay(_reverb_writers, _reverb_source, reverb_ceiling),
+    "memory": Replay(memory_writers, _memory_source, memory_ceiling),
+}
+
+
+def settled(cfg: Config, made_by: str | None = None) -> Config:
+    """The configuration with `replay.server auto` decided: Reverb under Ray, where it exists, else memory.
+
+    Args:
+        made_by: the server whose checkpoint is there, which goes on if it can.
+
+    Raises UserError where Reverb is asked for and does not exist.
+    """
+    server = cfg.replay.server
+    if server == "auto" and made_by in REPLAYS and (made_by != "reverb" or backend.exists()):
+        server = made_by
+    if server == "auto":
+        server = "reverb" if cfg.backend == "local" and backend.exists() else "memory"
+    if server == "reverb":
+        backend.check_platform()
+    return dataclasses.replace(cfg, replay=dataclasses.replace(cfg.replay, server=server))
+
+
+def replay_config(cfg: Config, spec: EnvSpec) -> ReplayConfig:
+    """Of one of several servers: its share of the capacity; and whether frames are compressed."""
+    capacity, compression = cfg.replay.capacity, cfg.replay.compression
+    if compression == "auto":
+        compression = "lz4" if frames_bytes(replay_spec(spec), capacity) > _LARGE_FRAMES else "none"
+    return dataclasses.replace(cfg.replay, capacity=capacity // cfg.replay.shards, compression=compression)
+
+
 def replay_arguments(cfg: Config, spec: EnvSpec, shard: int) -> dict[str, Any]:
     """What a replay server and its table are made from: `signature`, `cfg`, `batch_length`, ...
 
@@ -248,7 +344,7 @@ def replay_arguments(cfg: Config, spec: EnvSpec, shard: int) -> dict[str, Any]:
     actors = len(range(shard, cfg.actors.count, shards))
     return {
         "signature": replay_spec(spec),
-        "cfg": dataclasses.replace(cfg.replay, capacity=cfg.replay.capacity // shards),
+        "cfg": replay_config(cfg, spec),
         "batch_length": cfg.learner.batch_length,
         "train_ratio": cfg.learner.train_ratio,
         "batch_size": cfg.learner.batch_size // shards,
@@ -257,14 +353,37 @@ def replay_arguments(cfg: Config, spec: EnvSpec, shard: int) -> dict[str, Any]:
     }
 
 
-def batch_sampler(cfg: Config, spec: EnvSpec, addresses: Sequence[str]) -> Sampler:
+def replay_memory(cfg: Config, spec: EnvSpec) -> int:
+    """Bytes that all replay servers together need at most."""
+    one = replay_config(cfg, spec)
+    ceiling = REPLAYS[cfg.replay.server].memory(replay_spec(spec), one, cfg.learner.batch_length)
+    return ceiling * cfg.replay.shards
+
+
+def batch_bytes(cfg: Config, spec: EnvSpec) -> int:
+    """Of a batch that replay sends through Ray; Reverb sends none."""
+    steps = cfg.learner.batch_size * cfg.learner.batch_length
+    return step_bytes(replay_spec(spec)) * steps if cfg.replay.server == "memory" else 0
+
+
+def batch_sampler(cfg: Config, spec: EnvSpec, reaches: Sequence[Reach]) -> Sampler:
     """Of all replay servers together."""
-    return batches(
-        addresses,
+    kind, signature = REPLAYS[cfg.replay.server], replay_spec(spec)
+    return batches([kind.source(reach, signature, cfg) for reach in reaches])
+
+
+def stream_writers(
+    cfg: Config, spec: EnvSpec, reach: Reach, actor: int, should_stop: Callable[[], bool]
+) -> Sequence[Writer]:
+    """One per environment of an actor, whose steps go to one server."""
+    first = actor // cfg.replay.shards * cfg.actors.envs  # a server's actors are every so many'th
+    return REPLAYS[cfg.replay.server].writers(
+        reach,
         replay_spec(spec),
-        batch_size=cfg.learner.batch_size,
-        batch_length=cfg.learner.batch_length,
-        import_mode=cfg.replay.import_mode,
+        replay_config(cfg, spec),
+        cfg.learner.batch_length,
+        range(first, first + cfg.actors.envs),
+        should_stop,
     )
 
 

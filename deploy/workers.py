@@ -21,13 +21,13 @@ from actors.inference import Answer, InferenceClient, Request
 from actors.inference_server import InferenceReport
 from actors.rollout import RolloutReport
 from common.config import Config
-from common.types import Array, Batch, EnvSpec, EpisodeResult, Params, ParamSource, replay_spec
+from common.types import Array, Batch, EnvSpec, EpisodeResult, Params, ParamSource
 from deploy import calibration, warm_start, wiring
 from deploy import run_dir as runs
 from deploy.warm_start import WarmStart
+from deploy.wiring import Reach
 from learner.learner import Learner, LearnerReport
 from replay.shards import Sampler
-from replay.writer import StreamWriter
 
 _GRACE_SECONDS = 1.0  # an append may hold a slice up this long past its end
 _FIRST_PARAMS_SECONDS = 600.0
@@ -92,8 +92,8 @@ class Ages:
 class LearnerWorker:
     """Learner and sampler in one process."""
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, store: ParamStore, addresses: Sequence[str]):
-        self._cfg, self._spec, self._addresses, self._store = cfg, spec, addresses, store
+    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, store: ParamStore, reaches: Sequence[Reach]):
+        self._cfg, self._spec, self._reaches, self._store = cfg, spec, reaches, store
         self._run_dir, self._checkpoints = run, run / runs.CHECKPOINTS
         self._sampler: Sampler | None = None
         self._mixed = 0
@@ -109,7 +109,7 @@ class LearnerWorker:
             self._learner.begin_from(warm.checkpoint)
         seconds = self._learner.compile()
         self._learner.publish()
-        self._sampler = wiring.batch_sampler(self._cfg, self._spec, self._addresses)
+        self._sampler = wiring.batch_sampler(self._cfg, self._spec, self._reaches)
         meta, skipped = (restored.meta, restored.skipped) if restored else (None, [])
         return Started(meta, seconds, jax.default_backend(), skipped, warm)
 
@@ -174,7 +174,7 @@ class ActorWorker:
         cfg: Config,
         spec: EnvSpec,
         source: ParamSource,
-        address: str,
+        reach: Reach,
         actor: int,
         life: int,
         prefill: int,
@@ -182,12 +182,7 @@ class ActorWorker:
     ):
         self._deadline = 0.0
         self._stopped = threading.Event()
-        signature = replay_spec(spec)
-        length = cfg.learner.batch_length
-        writers = [
-            StreamWriter(address, signature, cfg.replay, length, should_stop=self._overdue)
-            for _ in range(cfg.actors.envs)
-        ]
+        writers = wiring.stream_writers(cfg, spec, reach, actor, self._overdue)
         self._rollout = wiring.rollout(
             cfg, spec, source, writers, actor=actor, life=life, prefill=prefill, server=server
         )

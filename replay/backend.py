@@ -55,15 +55,21 @@ _TF_PLACEHOLDERS: dict[str, tuple[str, ...]] = {
 }
 
 
+def exists() -> bool:
+    """Whether there is a Reverb for this system and Python: Linux x86_64 and CPython 3.8 to 3.11."""
+    python = platform.python_implementation() == "CPython" and (3, 8) <= sys.version_info[:2] <= (3, 11)
+    return python and (platform.system(), platform.machine()) == ("Linux", "x86_64")
+
+
 def check_platform() -> None:
-    """Raises UserError where no Reverb wheel exists (Linux x86_64 and CPython 3.8-3.11 only)."""
-    machine = f"{platform.system()} {platform.machine()}"
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    supported = machine == "Linux x86_64" and python.startswith("CPython")
-    if not supported or not (3, 8) <= sys.version_info[:2] <= (3, 11):
+    """Raises UserError where no Reverb wheel exists."""
+    if not exists():
+        here = f"{platform.system()} {platform.machine()}"
+        python = f"{platform.python_implementation()} {platform.python_version()}"
         raise UserError(
-            "The replay server needs Reverb, which exists for Linux x86_64 with CPython 3.8 to 3.11; "
-            f"this is {machine} with {python}. Use Python 3.11 on Linux x86_64 (a container or WSL2 will do)."
+            "replay.server reverb exists for Linux x86_64 with CPython 3.8 to 3.11; this is "
+            f"{here} with {python}. Use --replay.server memory; the replay buffer of a run that was trained "
+            "with Reverb is left behind then."
         )
 
 

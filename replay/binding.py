@@ -1,19 +1,20 @@
-"""Keeps a listening port to one address of this machine.
+"""Keeps a listening port to one address of this machine. Needs no privilege (Linux from 4.6 on).
 
-Reverb listens on every address and has no option for another choice. So we give its sockets a packet filter
-(Linux, `man 7 socket`: SO_ATTACH_FILTER, which needs no privilege): what is sent to another address is
-dropped before it becomes a connection, and accepted connections inherit the filter.
+Reverb listens on every address and has no option for another choice. But its socket shares its port with
+others of the same user (`man 7 socket`: SO_REUSEPORT), and a program that one of them brings along chooses
+who gets a connection (SO_ATTACH_REUSEPORT_CBPF). So a socket of ours listens there before Reverb does, with
+a program that gives Reverb what was sent to the one address, and ours everything else. Ours accepts nothing
+and its queue is full, so that the kernel drops what it is given: from elsewhere nothing seems to be there.
+A packet filter (SO_ATTACH_FILTER) would do the same, but newer kernels let only administrators have one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import socket
-import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ipaddress import ip_address
 
 from common.types import UserError
@@ -24,13 +25,15 @@ AUTO = "auto"  # of `replay.host`
 
 _LOOPBACK = (LOOPBACK, "::1")
 _PROBE_SECONDS = 0.2  # a connection within the machine needs far less than a millisecond
+_SERVED_SECONDS = 5.0  # but a machine that does much else may be late with one that must come
 
 # Classic BPF (linux/filter.h, linux/bpf_common.h): (operation, jump if true, jump if false, operand).
-_SO_ATTACH_FILTER = 26
+_SO_ATTACH_REUSEPORT_CBPF = 51
 _NETWORK_HEADER = 0xFFF00000  # SKF_NET_OFF: offsets from here are into the IP header
 _LOAD_BYTE, _LOAD_WORD, _SHIFT_RIGHT, _JUMP_EQUAL, _RETURN = 0x30, 0x20, 0x74, 0x15, 0x06
-_DROP, _ACCEPT = 0, 0xFFFFFFFF
 _DESTINATION = {4: 16, 6: 24}  # where an IP header of that version holds its destination
+_NOBODY, _SERVER = 0, 1  # who gets a connection: sockets of a port are numbered as they began to listen
+_QUEUE = 1  # a queue of that length holds one connection more
 
 _Instruction = tuple[int, int, int, int]
 
@@ -63,64 +66,93 @@ def check_host(host: str) -> None:
         ) from None
 
 
-def keep_to(host: str, port: int) -> None:
-    """Lets this process answer at `port` only to what was sent to `host`; loopback is 127.0.0.1 and ::1.
+class Gate:
+    """Lets a server at `port` have only what was sent to `host`; loopback is 127.0.0.1 and ::1.
 
-    Call it when the port listens already. Raises UserError when that cannot be had.
+    Make it before the server listens, `check` it when the server does, and close it after the server. Raises
+    UserError when the port cannot be kept to the address.
     """
-    if host in EVERYWHERE:
-        return
-    allowed = _LOOPBACK if host in _LOOPBACK else (host,)
-    other = "127.0.0.2" if LOOPBACK in allowed else LOOPBACK
-    try:
-        with _sockets(port) as found:
-            listening = [each for each in found if _listens(each)]
-            for each in listening:
-                _attach(each, _program(allowed))
-        kept = bool(listening) and not _answers(other, port)
-        with _sockets(port) as found:  # among them, who came in before the filter was there
-            for each in found:
-                if not _listens(each) and _local(each) not in allowed:
-                    with contextlib.suppress(OSError):
-                        each.shutdown(socket.SHUT_RDWR)
-    except OSError as error:
-        raise _unbound(host, port, str(error.strerror)) from error
-    if not kept:
-        raise _unbound(host, port, "the system has taken no packet filter")
+
+    def __init__(self, host: str, port: int):
+        self._host, self._port = host, port
+        self._allowed = _LOOPBACK if host in _LOOPBACK else (host,)
+        self._nobody: socket.socket | None = None
+        if host in EVERYWHERE:
+            return
+        try:
+            self._nobody = _sharing(port)
+            _choose(self._nobody, _program(self._allowed))
+            self._nobody.listen(_QUEUE)
+        except OSError as error:
+            self.close()
+            raise _unbound(host, port, str(error.strerror)) from error
+        for _ in range(_QUEUE + 1):  # while there is no server, all of them wait here
+            _answers(host, port, _PROBE_SECONDS)
+
+    def check(self) -> None:
+        """Tries the port at the address and at another one."""
+        if self._nobody is None:
+            return
+        other = "127.0.0.2" if LOOPBACK in self._allowed else LOOPBACK
+        if _answers(other, self._port, _PROBE_SECONDS):
+            raise _unbound(self._host, self._port, f"it answers at {other}, too")
+        if not _answers(self._host, self._port, _SERVED_SECONDS):
+            raise _unbound(self._host, self._port, "it does not answer there")
+
+    def close(self) -> None:
+        """Frees the port."""
+        if self._nobody is not None:
+            self._nobody.close()
+
+
+def rehearse(host: str = LOOPBACK) -> None:
+    """Keeps a free port to the address for a moment. Raises UserError where this user cannot."""
+    with _sharing(0) as server, contextlib.closing(Gate(host, server.getsockname()[1])) as gate:
+        server.listen()
+        gate.check()
 
 
 def _unbound(host: str, port: int, reason: str) -> UserError:
     return UserError(
-        f"Port {port} cannot be kept to {host} ({reason}): run on Linux itself, or let the replay server "
-        f"answer at every address with --replay.host {EVERYWHERE[0]}, where nobody else can reach them."
+        f"Port {port} cannot be kept to {host} ({reason}): train with --replay.server memory, which opens "
+        f"none, or, where no stranger reaches this machine, with --replay.host {EVERYWHERE[0]}."
     )
 
 
-@contextlib.contextmanager
-def _sockets(port: int) -> Iterator[list[socket.socket]]:
-    """Second handles on this process's TCP sockets of that local port."""
-    with contextlib.ExitStack() as handles:
-        found = []
-        for entry in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # closed meanwhile by another thread
-                if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
-                    continue
-                each = handles.enter_context(socket.socket(fileno=os.dup(int(entry))))
-                if each.family in (socket.AF_INET, socket.AF_INET6) and each.getsockname()[1] == port:
-                    found.append(each)
-        yield found
+def _has_six() -> bool:
+    """Whether gRPC, and so Reverb, listens on a socket of IPv6 (for IPv4 as well): its own test for that."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
-def _listens(each: socket.socket) -> bool:
-    return bool(each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+def _sharing(port: int) -> socket.socket:
+    """A socket at every address of the port (0: a free one) that others of this user may have, too."""
+    each = socket.socket(socket.AF_INET6 if _has_six() else socket.AF_INET)
+    try:
+        if each.family == socket.AF_INET6:
+            each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        each.bind(("", port))
+    except OSError:
+        each.close()
+        raise
+    return each
 
 
-def _local(each: socket.socket) -> str:
-    return str(each.getsockname()[0]).removeprefix("::ffff:")
+def _choose(each: socket.socket, program: list[_Instruction]) -> None:
+    """From now on the program chooses among the sockets of this one's port."""
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    described = struct.pack("@HP", len(program), ctypes.addressof(code))
+    each.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, described)
 
 
 def _program(allowed: Sequence[str]) -> list[_Instruction]:
-    """Accepts packets whose destination is one of the addresses, drops all others."""
+    """Connections to one of the addresses are the server's, all others nobody's."""
     program: list[_Instruction] = []
     for number in map(ip_address, allowed):
         words = struct.unpack(f">{len(number.packed) // 4}I", number.packed)
@@ -135,20 +167,13 @@ def _program(allowed: Sequence[str]) -> list[_Instruction]:
             left -= 2
             offset = _NETWORK_HEADER + _DESTINATION[number.version] + 4 * index
             program += [(_LOAD_WORD, 0, 0, offset), (_JUMP_EQUAL, 0, left, word)]
-        program.append((_RETURN, 0, 0, _ACCEPT))
-    return [*program, (_RETURN, 0, 0, _DROP)]
+        program.append((_RETURN, 0, 0, _SERVER))
+    return [*program, (_RETURN, 0, 0, _NOBODY)]
 
 
-def _attach(each: socket.socket, program: list[_Instruction]) -> None:
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
-    each.setsockopt(
-        socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code))
-    )
-
-
-def _answers(host: str, port: int) -> bool:
+def _answers(host: str, port: int, seconds: float) -> bool:
     try:
-        with socket.create_connection((host, port), timeout=_PROBE_SECONDS):
+        with socket.create_connection((host, port), timeout=seconds):
             return True
     except OSError:
         return False

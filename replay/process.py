@@ -23,7 +23,8 @@ from typing import Any
 from common.config import ReplayConfig
 from common.types import ArraySpec, UserError
 from replay.binding import LOOPBACK
-from replay.server import ReplayInfo, ReplayServer
+from replay.server import ReplayServer
+from replay.table import ReplayInfo
 
 _ROOT = Path(__file__).resolve().parent.parent
 _POLL_SECONDS = 2.0  # the child looks this often whether its parent still lives

@@ -6,7 +6,6 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,9 @@ from common.config import ReplayConfig
 from common.types import ArraySpec, UserError
 from replay import backend, binding
 from replay.storage import CheckpointStore
-from replay.table import table_spec
+from replay.table import ReplayInfo, table_spec
 
 _PORT_SECONDS = 30.0  # how long a predecessor that was just killed may hold the port
-
-
-@dataclass(frozen=True)
-class ReplayInfo:
-    """State of the table; the counts survive a restore. Prefetched samples count as sampled."""
-
-    size: int  # items that can be sampled
-    inserted: int  # items
-    sampled: int  # items
 
 
 class ReplayServer:
@@ -71,11 +61,14 @@ class ReplayServer:
         self._store = CheckpointStore(checkpoint_dir, self.spec) if checkpoint_dir is not None else None
         self.port = port or free_ports(1)[0]
         _await_port(self.port)
-        self._server = self._restored(backend.load(cfg.import_mode))
+        reverb = backend.load(cfg.import_mode)
+        self._server: Any = None
+        self._gate = binding.Gate(host, self.port)
         try:
-            binding.keep_to(host, self.port)
-        except UserError:
-            self._server.stop()
+            self._server = self._restored(reverb)
+            self._gate.check()
+        except BaseException:
+            self.stop()
             raise
         address = binding.address(binding.reached_at(host), self.port)
         self._client = backend.connect(address, cfg.import_mode)
@@ -87,10 +80,7 @@ class ReplayServer:
         try:
             return self._store.adopt(Path(self._client.checkpoint()))
         except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"The replay buffer could not be saved in {self._store.directory}: {error}. "
-                "Make room on the disk, or switch it off with --replay.no-checkpoint."
-            ) from error
+            raise self._store.not_saved(error) from error
 
     def info(self) -> ReplayInfo:
         """What is in the table now, and what went through it."""
@@ -100,7 +90,9 @@ class ReplayServer:
 
     def stop(self) -> None:
         """Ends the service; writers and samplers that wait for it go on waiting."""
-        self._server.stop()
+        if self._server is not None:
+            self._server.stop()
+        self._gate.close()
 
     def _restored(self, reverb: Any) -> Any:
         """The server with the newest checkpoint that Reverb can read."""

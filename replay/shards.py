@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from common.types import ArraySpec, Batch
-from replay import backend
-from replay.sampler import BatchSampler
+from common.types import Batch
+from replay.sampler import BatchSampler, Source
 
 _POLL_SECONDS = 0.001
 
@@ -25,25 +24,9 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
-def batches(
-    addresses: Sequence[str],
-    signature: Mapping[str, ArraySpec],
-    *,
-    batch_size: int,
-    batch_length: int,
-    import_mode: backend.Mode = "lite",
-) -> Sampler:
-    """Batches of `batch_size` windows from the servers at `addresses`, whose number divides it."""
-    parts = [
-        BatchSampler(
-            address,
-            signature,
-            batch_size=batch_size // len(addresses),
-            batch_length=batch_length,
-            import_mode=import_mode,
-        )
-        for address in addresses
-    ]
+def batches(sources: Sequence[Source]) -> Sampler:
+    """Batches that hold equal parts of every source."""
+    parts = [BatchSampler(source) for source in sources]
     return parts[0] if len(parts) == 1 else ShardedSampler(parts)
 
 

@@ -1,7 +1,7 @@
 """Where checkpoints of the table lie, and which of them may be restored. Pure, without Reverb.
 
     replay/
-        scratch/    Reverb's own directory: it deletes what else it finds there, so nothing is left in it
+        scratch/    where a server writes; Reverb deletes what else it finds there, so nothing is left in it
         000007/     a complete checkpoint, sealed by manifest.json together with the table's definition
         000008/
 
@@ -18,13 +18,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from common.manifest import DamagedCheckpoint, sync_directory, verify, write_manifest
+from common.manifest import DamagedCheckpoint, read_manifest, sync_directory, verify, write_manifest
 from common.types import UserError
 from common.untrusted import shown
 from replay.table import TableSpec
 
 FORMAT = 1  # of the columns, see `replay.table.Layout`
 KEEP = 2  # complete checkpoints: were the newest damaged, the one before it is used
+_REVERB = "reverb"
 _NAME = re.compile(r"\d{6,}")
 # What Reverb restores together with the data, silently, and which setting of the user defines it.
 _FIXED = {
@@ -37,10 +38,30 @@ _FIXED = {
 }
 
 
-class CheckpointStore:
-    """The checkpoints of one table. Creates the directory; raises UserError where it can not be written."""
+def made_by(directory: Path) -> str | None:
+    """The `replay.server` that made the newest checkpoint in a directory, if there is one to read."""
+    for path in _complete(directory):
+        try:
+            return str(read_manifest(path).get("server", _REVERB))
+        except DamagedCheckpoint:
+            continue
+    return None
 
-    def __init__(self, directory: Path, spec: TableSpec):
+
+def _complete(directory: Path) -> list[Path]:
+    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)] if directory.is_dir() else []
+    found = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+class CheckpointStore:
+    """The checkpoints of one table. Creates the directory; raises UserError where it can not be written.
+
+    `server` is the value of `replay.server` whose files they are: one cannot read those of the other.
+    """
+
+    def __init__(self, directory: Path, spec: TableSpec, server: str = _REVERB):
+        self._server = server
         self.directory = Path(directory).absolute()
         self.scratch = self.directory / "scratch"
         self._definition = definition(spec)
@@ -56,15 +77,13 @@ class CheckpointStore:
 
     def complete(self) -> list[Path]:
         """Checkpoints, newest first; whether they are intact is not checked."""
-        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
-        found = [path for path in found if path.is_dir() and not path.is_symlink()]
-        return sorted(found, key=lambda path: int(path.name), reverse=True)
+        return _complete(self.directory)
 
     def newest(self, refused: Mapping[Path, str] = MappingProxyType({})) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and a sentence for every newer one that is damaged.
 
         Args:
-            refused: what Reverb could not restore although it was intact, and why.
+            refused: what the server could not restore although it was intact, and why.
 
         Raises UserError when it holds a table that is defined differently from the present one.
         """
@@ -77,13 +96,20 @@ class CheckpointStore:
             except DamagedCheckpoint as error:
                 skipped.append(f"The replay {error}; it is passed over.")
                 continue
+            theirs = content.get("server", _REVERB)  # older ones do not say
+            if theirs != self._server:
+                skipped.append(
+                    f"The replay checkpoint {path} was made with replay.server {_told(theirs)}, which "
+                    f"{self._server} cannot read: it is passed over, and goes with the {KEEP}nd new one."
+                )
+                continue
             self._compare(path, content.get("table"))
             return path, skipped
         return None, skipped
 
     def adopt(self, saved: Path) -> Path:
-        """Seals what Reverb has saved, moves it to its final place and deletes all but the newest `KEEP`."""
-        write_manifest(saved, {"table": self._definition})
+        """Seals what the server has saved, moves it to its place and deletes all but the newest `KEEP`."""
+        write_manifest(saved, {"table": self._definition, "server": self._server})
         existing = self.complete()
         number = int(existing[0].name) + 1 if existing else 1
         final = saved.rename(self.directory / f"{number:06d}")
@@ -91,6 +117,13 @@ class CheckpointStore:
         for old in self.complete()[KEEP:]:
             shutil.rmtree(old, ignore_errors=True)
         return final
+
+    def not_saved(self, error: Exception) -> UserError:
+        """The error for the user when a save failed."""
+        return UserError(
+            f"The replay buffer could not be saved in {self.directory}: {error}. "
+            "Make room on the disk, or switch it off with --replay.no-checkpoint."
+        )
 
     def _compare(self, path: Path, stored: Any) -> None:
         for field, setting in _FIXED.items():

@@ -25,6 +25,7 @@ _SMALL_BYTES = 4096  # arrays up to this size share the packed row
 _BYTES_PER_ITEM = 700
 _BYTES_PER_SLICE = 120  # an item's reference to one chunk
 _BYTES_PER_CHUNK = 600
+_BYTES_PER_START = 8  # where a window begins, in a table in memory
 _BYTES_OF_PROCESS = 100 * 2**20
 
 
@@ -37,10 +38,12 @@ class Layout:
     def __init__(self, signature: Mapping[str, ArraySpec]):
         self.signature = dict(sorted(signature.items()))
         big = {name for name, spec in self.signature.items() if _nbytes(spec) > _SMALL_BYTES}
-        self._big = sorted(big)
+        self.big = sorted(big)
         self._row_dtype = np.dtype([(n, s.dtype, s.shape) for n, s in self.signature.items() if n not in big])
         self._small = list(self._row_dtype.names or ())
-        self.num_columns = 1 + len(self._big)
+        self.num_columns = 1 + len(self.big)
+        row = ArraySpec((self._row_dtype.itemsize,), "uint8")
+        self.columns = [row, *(self.signature[name] for name in self.big)]
 
     def check(self, step: Mapping[str, Any]) -> None:
         """Raises ValueError unless names, shapes and dtypes of a step are those of the signature."""
@@ -63,21 +66,30 @@ class Layout:
         row = np.zeros(1, self._row_dtype)
         for name in self._small:
             row[name] = step[name]
-        return [row.view(np.uint8), *(step[name] for name in self._big)]
+        return [row.view(np.uint8), *(step[name] for name in self.big)]
 
     def empty(self, batch_size: int, batch_length: int) -> list[np.ndarray]:
         """Uninitialised columns of a whole batch: [B, L, row bytes], then [B, L, ...] of the big arrays."""
-        lead = (batch_size, batch_length)
-        rows = np.empty((*lead, self._row_dtype.itemsize), np.uint8)
-        specs = [self.signature[name] for name in self._big]
-        return [rows, *(np.empty((*lead, *spec.shape), spec.dtype) for spec in specs)]
+        return [np.empty((batch_size, batch_length, *spec.shape), spec.dtype) for spec in self.columns]
+
+    def fields(self, columns: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """The columns' arrays [B, L, ...] by their names, as views: writing there writes the columns."""
+        rows = columns[0].view(self._row_dtype)[..., 0]
+        return {name: rows[name] for name in self._small} | dict(zip(self.big, columns[1:], strict=True))
 
     def unpack(self, columns: list[np.ndarray]) -> Batch:
         """The columns of a batch as a dict of contiguous arrays [B, L, ...], in the order of their names."""
-        rows = columns[0].view(self._row_dtype)[..., 0]
-        batch = {name: np.ascontiguousarray(rows[name]) for name in self._small}
-        batch.update(zip(self._big, columns[1:], strict=True))
-        return {name: batch[name] for name in self.signature}
+        fields = self.fields(columns)
+        return {name: np.ascontiguousarray(fields[name]) for name in self.signature}
+
+
+@dataclass(frozen=True)
+class ReplayInfo:
+    """State of a table; the counts survive a restore. Prefetched samples count as sampled."""
+
+    size: int  # items that can be sampled
+    inserted: int  # items
+    sampled: int  # items
 
 
 @dataclass(frozen=True)
@@ -150,16 +162,30 @@ def table_spec(
     )
 
 
-def memory_ceiling(signature: Mapping[str, ArraySpec], cfg: ReplayConfig, *, batch_length: int) -> int:
-    """Bytes the server process needs for a full table, were nothing compressed (an upper bound)."""
+def reverb_ceiling(signature: Mapping[str, ArraySpec], cfg: ReplayConfig, batch_length: int) -> int:
+    """Bytes a Reverb server's process needs for a full table, were nothing compressed (an upper bound)."""
     columns = Layout(signature).num_columns
     chunk = chunk_length(batch_length)
     slices = math.ceil((batch_length - 1) / chunk) + 1  # a window rarely starts at a chunk's border
     steps = cfg.capacity + batch_length
-    data = steps * sum(_nbytes(spec) for spec in signature.values())
     chunks = math.ceil(steps / chunk) * columns * _BYTES_PER_CHUNK
     items = cfg.capacity // cfg.stride * (_BYTES_PER_ITEM + columns * slices * _BYTES_PER_SLICE)
-    return data + chunks + items + _BYTES_OF_PROCESS
+    return steps * step_bytes(signature) + chunks + items + _BYTES_OF_PROCESS
+
+
+def memory_ceiling(signature: Mapping[str, ArraySpec], cfg: ReplayConfig, batch_length: int) -> int:
+    """Bytes a full table in memory needs, were nothing compressed (an upper bound)."""
+    return (cfg.capacity + batch_length) * (step_bytes(signature) + _BYTES_PER_START) + _BYTES_OF_PROCESS
+
+
+def frames_bytes(signature: Mapping[str, ArraySpec], steps: int) -> int:
+    """Bytes of the big arrays of so many steps."""
+    return steps * sum(_nbytes(signature[name]) for name in Layout(signature).big)
+
+
+def step_bytes(signature: Mapping[str, ArraySpec]) -> int:
+    """Bytes of one step, not compressed."""
+    return sum(map(_nbytes, signature.values()))
 
 
 def _nbytes(spec: ArraySpec) -> int:

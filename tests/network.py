@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 
 
-def reaches(host: str, port: int) -> bool:
+def reaches(host: str, port: int, seconds: float = 0.3) -> bool:
     """Whether somebody at that address takes a connection."""
     try:
-        with socket.create_connection((host, port), timeout=0.3):
+        with socket.create_connection((host, port), timeout=seconds):
             return True
     except OSError:
         return False

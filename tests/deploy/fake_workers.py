@@ -19,7 +19,7 @@ from deploy.driver import Driver
 from deploy.outcome import Outcome
 from deploy.workers import EvaluationReport, Started
 from learner.learner import LearnerReport
-from replay.server import ReplayInfo
+from replay.table import ReplayInfo
 
 SPEC = EnvSpec("Fake", {"vector": ArraySpec((1,))}, 1, 5, 100)
 SLICE = 30  # env steps that a fake actor reports per slice

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +26,13 @@ from common.types import UserError
 from common.yaml_file import read_yaml
 from deploy import run_dir as runs
 from deploy.cli import main
+from tests import ordinary
 from tests.deploy.conftest import meta_of
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+MAIN = "from deploy.cli import main; main()"
 
 
 class Result(NamedTuple):
@@ -151,7 +156,7 @@ def test_on_a_terminal_the_sentence_is_as_plain():
     """tyro colours what it says as soon as standard output is a terminal."""
     controller, terminal = pty.openpty()
     env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-c", "from deploy.cli import main; main()", "train", "--sede", "3"]
+    command = [sys.executable, "-c", MAIN, "train", "--sede", "3"]
     try:
         answer = subprocess.run(
             command, stdout=terminal, stderr=subprocess.PIPE, env=env, text=True, timeout=60, check=False
@@ -187,11 +192,40 @@ def test_a_run_directory_that_cannot_be_written(refused, tmp_path):
     assert (tmp_path / "file").is_file()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_run_directory_without_permission(refused, tmp_path):
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    assert "cannot be written (Permission denied)" in refused("train", "--run-dir", locked / "run")
+@pytest.mark.parametrize("place", ["nowhere/jax", "there"])
+def test_what_is_compiled_is_kept_where_this_user_can_write(cli, tmp_path, monkeypatch, place):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).is_relative_to(tmp_path / "there"))
+    (tmp_path / "there").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
+    assert cli("list").code == 0
+    expected = str(tmp_path / "there/safedreamer/jax") if place == "there" else None
+    assert os.environ.get("JAX_COMPILATION_CACHE_DIR") == expected
+
+
+def test_a_user_without_a_home_keeps_nothing(cli, monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as under a user id without a name
+    assert cli("list").code == 0
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_a_run_directory_without_permission():
+    words = ordinary.needed("a run directory without permission")
+    with tempfile.TemporaryDirectory(dir="/tmp") as locked:  # others cannot look into pytest's own
+        os.chmod(locked, 0o555)
+        done = subprocess.run(
+            [*words, sys.executable, "-c", MAIN, "train", "--run-dir", f"{locked}/run"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    assert "cannot be written (Permission denied)" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_that_cannot_start_leaves_no_directory(cli, tmp_path, monkeypatch):
@@ -257,7 +291,7 @@ def test_list_names_every_method_size_and_task(cli):
 
 def test_list_into_a_pipe_that_closes():
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-u", "-c", "from deploy.cli import main; main()", "list"]
+    command = [sys.executable, "-u", "-c", MAIN, "list"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True
     ) as child:

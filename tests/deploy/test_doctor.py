@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -232,9 +233,53 @@ def test_ray_leaves_no_files(answers) -> None:
     assert not os.path.exists(asked[0][0])
 
 
+def test_ray_needs_a_folder_to_write_in(answers) -> None:
+    answers(({"version": "2", "seconds": 1.0, "place": "/tmp/ray", "writable": False}, ""))
+    check = probes.ray("ray")
+    assert (check.status, check.detail) == ("fail", "this user cannot write in /tmp/ray")
+    assert "RAY_TMPDIR" in check.hint
+
+
+REFUSED = "Port 7 cannot be kept to 127.0.0.1 (Not allowed): run it elsewhere, or: not at all."
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (({"refused": ""}, ""), ("ok", "can be kept to 127.0.0.1 by this user", "")),
+        (({"refused": REFUSED}, ""), ("fail", *REFUSED.split(": ", 1))),
+        (
+            ({}, "it crashed"),
+            ("fail", "it cannot be tried to keep one to this machine: it crashed", "run `make setup`"),
+        ),
+    ],
+)
+def test_replay_port(answers, found, expected) -> None:
+    answers(found)
+    check = probes.port("replay port")
+    assert (check.status, check.detail, check.hint) == expected
+
+
+def test_a_port_that_cannot_be_kept_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from replay import binding; binding._SO_ATTACH_REUSEPORT_CBPF = 9_999\n"
+    monkeypatch.setattr(probes, "_PORT", code + probes._PORT)
+    check = probes.port("replay port")
+    assert check.status == "fail"
+    assert re.fullmatch(r"Port \d+ cannot be kept to 127\.0\.0\.1 \(Protocol not available\)", check.detail)
+    assert "--replay.server memory" in check.hint
+
+
+def test_without_reverb_no_port_is_needed(answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "reverb_exists", lambda: False)
+    asked = answers()
+    assert probes.port("replay port") == Check("replay port", "ok", "replay in memory opens no port")
+    assert not asked
+
+
 def test_this_machine_can_train() -> None:
     assert probes.accelerator("accelerator").status != "fail"
     assert probes.reverb("reverb").status == "ok"
+    assert probes.port("replay port").status == "ok"
     assert probes.rendering("rendering").status in ("ok", "warn")
 
 
@@ -427,6 +472,12 @@ def test_wandb_login(home: Path, monkeypatch: pytest.MonkeyPatch, login) -> None
     assert check.status == "ok"
     assert check.detail.startswith(expected)
     assert SECRET not in check.detail + check.hint
+
+
+def test_a_user_without_a_home_is_not_logged_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as under a user id without a name
+    monkeypatch.delenv("HOME")
+    assert doctor.wandb("wandb").detail.startswith("not logged in")
 
 
 def test_broken_wandb_settings(home: Path) -> None:

@@ -15,7 +15,7 @@ from common.types import EpisodeResult, UserError
 from deploy import driver
 from deploy.workers import Started
 from learner.learner import LearnerReport
-from replay.server import ReplayInfo
+from replay.table import ReplayInfo
 from tests.deploy.fake_workers import (
     BATCH_STEPS,
     FakeWorkers,

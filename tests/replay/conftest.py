@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,15 @@ import pytest
 
 from common.config import ReplayConfig
 from common.types import ArraySpec
+from replay import backend
+from replay.memory.link import DirectLink
+from replay.memory.server import MemoryServer
+from replay.memory.source import MemorySource
+from replay.memory.writer import stream_writers
 from replay.process import ServerProcess, spawn_server
+from replay.reverb_source import ReverbSource
+from replay.writer import StreamWriter
+from tests.stacks import NO_REVERB, needs_reverb
 
 CONFIG = ReplayConfig(capacity=10_000)
 EPISODE = 7  # steps per episode: shorter than a window, so that every window crosses a border
@@ -55,23 +64,91 @@ def streams() -> SimpleNamespace:
     return SimpleNamespace(signature=SIGNATURE, make_step=make_step, check_batch=check_batch)
 
 
+TABLE = {"batch_length": 8, "train_ratio": 16.0, "batch_size": 4, "min_steps": 20}
+
+
+class Reverb:
+    """A server in a process of its own, reached at its port."""
+
+    name = "reverb"
+    draws_whole_batches = False  # its sampler fetches single windows
+
+    def __init__(self, tmp_path: Path):
+        self._log = tmp_path / "server.log"
+
+    def serve(self, cfg: ReplayConfig = CONFIG, **overrides: Any) -> ServerProcess:
+        return spawn_server(SIGNATURE, cfg, log=self._log, **{**TABLE, **overrides})
+
+    def writer(self, server: ServerProcess, cfg: ReplayConfig = CONFIG, stream: int = 0, **more: Any) -> Any:
+        length = TABLE["batch_length"]
+        return StreamWriter(f"localhost:{server.port}", SIGNATURE, cfg, length, **more)
+
+    def source(self, server: ServerProcess, batch_size: int = 4) -> ReverbSource:
+        address = f"localhost:{server.port}"
+        return ReverbSource(address, SIGNATURE, batch_size=batch_size, batch_length=TABLE["batch_length"])
+
+
+class Memory:
+    """A table in this process."""
+
+    draws_whole_batches = True
+
+    def __init__(self, compression: str):
+        self.name = f"memory-{compression}"
+        self._compression = compression
+
+    def serve(self, cfg: ReplayConfig = CONFIG, **overrides: Any) -> MemoryServer:
+        return MemoryServer(SIGNATURE, self._cfg(cfg), **{**TABLE, **overrides})
+
+    def writer(self, server: MemoryServer, cfg: ReplayConfig = CONFIG, stream: int = 0, **more: Any) -> Any:
+        link, length = DirectLink(lambda: server.table), TABLE["batch_length"]
+        return stream_writers(link, SIGNATURE, self._cfg(cfg), length, [stream], **more)[0]
+
+    def source(self, server: MemoryServer, batch_size: int = 4) -> MemorySource:
+        link = DirectLink(lambda: server.table)
+        return MemorySource(link, SIGNATURE, batch_size=batch_size, batch_length=TABLE["batch_length"])
+
+    def _cfg(self, cfg: ReplayConfig) -> ReplayConfig:
+        return dataclasses.replace(cfg, compression=self._compression)
+
+
+@pytest.fixture(params=[pytest.param("reverb", marks=needs_reverb), "memory-none", "memory-lz4"])
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Reverb | Memory:
+    """Both kinds of replay, behind one face: `serve`, `writer`, `source`."""
+    server, _, compression = request.param.partition("-")
+    return Reverb(tmp_path) if server == "reverb" else Memory(compression)
+
+
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts a replay server in a process of its own; all of them are ended with the test."""
+def serve(kind: Reverb | Memory) -> Iterator[Callable[..., Any]]:
+    """Starts a server of that kind; all of them are ended with the test."""
+    servers: list[Any] = []
+
+    def start(*args: Any, **overrides: Any) -> Any:
+        servers.append(kind.serve(*args, **overrides))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def reverb(tmp_path: Path) -> Reverb:
+    """Reverb alone."""
+    if not backend.exists():
+        pytest.skip(NO_REVERB)
+    return Reverb(tmp_path)
+
+
+@pytest.fixture
+def serve_reverb(reverb: Reverb) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts a Reverb server; all of them are ended with the test."""
     servers: list[ServerProcess] = []
 
-    def start(cfg: ReplayConfig = CONFIG, **overrides: Any) -> ServerProcess:
-        arguments = {
-            "batch_length": 8,
-            "train_ratio": 16.0,
-            "batch_size": 4,
-            "min_steps": 20,
-            "log": tmp_path / "server.log",
-            **overrides,
-        }
-        server = spawn_server(SIGNATURE, cfg, **arguments)
-        servers.append(server)
-        return server
+    def start(*args: Any, **overrides: Any) -> ServerProcess:
+        servers.append(reverb.serve(*args, **overrides))
+        return servers[-1]
 
     yield start
     for server in servers:

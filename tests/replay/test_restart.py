@@ -12,9 +12,11 @@ import pytest
 
 from common.config import ReplayConfig
 from common.types import ArraySpec, UserError
-from replay import sampler, server, writer
+from replay import reverb_source, sampler, server, writer
+from replay.reverb_source import ReverbSource
 from replay.sampler import BatchSampler
 from replay.writer import StreamWriter
+from tests.stacks import needs_reverb
 
 CONFIG = ReplayConfig(capacity=10_000)
 LENGTH = 8
@@ -26,12 +28,14 @@ import subprocess, sys, time
 from common.config import ReplayConfig
 from common.types import ArraySpec
 from replay.process import spawn_server
+from replay.reverb_source import ReverbSource
 from replay.sampler import BatchSampler
 
 signature = {"x": ArraySpec((3,))}
 table = dict(batch_length=4, train_ratio=4.0, batch_size=2, min_steps=8)
 server = spawn_server(signature, ReplayConfig(capacity=100), **table)
-sampler = BatchSampler(f"localhost:{server.port}", signature, batch_size=2, batch_length=4)
+source = ReverbSource(f"localhost:{server.port}", signature, batch_size=2, batch_length=4)
+sampler = BatchSampler(source)
 assert sampler.next(0.3) is None
 if sys.argv[1] == "exit":
     print(server.pid, flush=True)
@@ -68,8 +72,8 @@ def start_child(script: str, *arguments: str) -> subprocess.Popen:
     )
 
 
-def fill(server, streams, steps: int, cfg=CONFIG) -> None:
-    stream = StreamWriter(f"localhost:{server.port}", streams.signature, cfg, LENGTH)
+def fill(kind, server, streams, steps: int, cfg=CONFIG) -> None:
+    stream = kind.writer(server, cfg)
     for counter in range(steps):
         stream.append(streams.make_step(0, counter))
     stream.close()
@@ -85,24 +89,22 @@ def wait_until(condition, seconds: float) -> bool:
     return False
 
 
-def test_checkpoint_round_trip_damage_and_another_definition(serve, streams, tmp_path):
+def test_checkpoint_round_trip_damage_and_another_definition(kind, serve, streams, tmp_path):
     directory = tmp_path / "replay"
     first = serve(checkpoint_dir=directory)
     assert first.restored is None
-    fill(first, streams, 25)
+    fill(kind, first, streams, 25)
     older = first.checkpoint()
-    fill(first, streams, 10)
+    fill(kind, first, streams, 10)
     newer = first.checkpoint()
     before = first.info()
     assert before.size == 18 + 3
     first.stop()
-    assert not first.alive()
-    assert first._child.returncode == 0  # it ended by itself
 
     second = serve(checkpoint_dir=directory)
     assert second.restored == newer
     assert second.info() == before  # the counts, and with them the ratio, continue
-    batches = BatchSampler(f"localhost:{second.port}", streams.signature, batch_size=4, batch_length=LENGTH)
+    batches = BatchSampler(kind.source(second))
     batch = batches.next(20.0)
     assert batch is not None
     streams.check_batch(batch)
@@ -114,7 +116,8 @@ def test_checkpoint_round_trip_damage_and_another_definition(serve, streams, tmp
     with pytest.raises(UserError, match=r"another samples_per_insert.*learner\.train_ratio"):
         serve(checkpoint_dir=directory, train_ratio=8.0)
 
-    (newer / "chunks.tfrecord").write_bytes(b"damaged")
+    biggest = max(newer.iterdir(), key=lambda file: file.stat().st_size)
+    biggest.write_bytes(b"damaged")
     third = serve(checkpoint_dir=directory)
     assert third.restored == older
     assert third.info().size == 18
@@ -122,15 +125,23 @@ def test_checkpoint_round_trip_damage_and_another_definition(serve, streams, tmp
     assert str(newer) in third.messages[0]
 
 
-def test_writer_and_sampler_outlive_a_killed_server(serve, streams, tmp_path, monkeypatch):
+def test_a_server_process_ends_by_itself(serve_reverb):
+    server = serve_reverb()
+    server.stop()
+    assert not server.alive()
+    assert server._child.returncode == 0
+
+
+def test_writer_and_sampler_outlive_a_killed_server(reverb, serve_reverb, streams, tmp_path, monkeypatch):
+    serve = serve_reverb
     monkeypatch.setattr(sampler, "_PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(reverb_source, "_PROBE_SECONDS", 0.3)
     monkeypatch.setattr(writer, "_PROBE_SECONDS", 0.3)
     cfg = CONFIG
     first = serve(cfg, checkpoint_dir=tmp_path / "replay")
-    address = f"localhost:{first.port}"
     stop = threading.Event()
-    stream = StreamWriter(address, streams.signature, cfg, LENGTH, should_stop=stop.is_set)
-    batches = BatchSampler(address, streams.signature, batch_size=4, batch_length=LENGTH)
+    stream = reverb.writer(first, cfg, should_stop=stop.is_set)
+    batches = BatchSampler(reverb.source(first))
 
     def act():
         counter = 0
@@ -176,15 +187,17 @@ def test_writer_and_sampler_outlive_a_killed_server(serve, streams, tmp_path, mo
     assert not actor.is_alive()
 
 
+@needs_reverb
 def test_a_server_without_our_table_is_an_error_not_a_wait(monkeypatch, streams):
     """Somebody else's Reverb on the port: it answers, and will never take our items."""
     monkeypatch.setattr(writer, "_MAX_REOPENS", 1)
-    monkeypatch.setattr(sampler, "_MAX_RETRIES", 1)
+    monkeypatch.setattr(reverb_source, "_MAX_RETRIES", 1)
     foreign = start_child(FOREIGN)
     assert foreign.stdout is not None
     port = int(foreign.stdout.readline())
     stream = StreamWriter(f"localhost:{port}", streams.signature, ReplayConfig(), LENGTH)
-    batches = BatchSampler(f"localhost:{port}", streams.signature, batch_size=4, batch_length=LENGTH)
+    source = ReverbSource(f"localhost:{port}", streams.signature, batch_size=4, batch_length=LENGTH)
+    batches = BatchSampler(source)
 
     def act():
         for counter in range(500):
@@ -200,9 +213,9 @@ def test_a_server_without_our_table_is_an_error_not_a_wait(monkeypatch, streams)
     foreign.communicate()
 
 
-def test_a_port_in_use_is_refused(serve, monkeypatch):
+def test_a_port_in_use_is_refused(serve_reverb, monkeypatch):
     monkeypatch.setattr(server, "_PORT_SECONDS", 0.3)
-    running = serve()
+    running = serve_reverb()
     with pytest.raises(UserError, match=rf"Port {running.port} .* --replay.port"):
         server.ReplayServer(
             {"x": ArraySpec((3,))},
@@ -215,6 +228,7 @@ def test_a_port_in_use_is_refused(serve, monkeypatch):
         )
 
 
+@needs_reverb
 def test_a_blocked_sampler_does_not_keep_the_process_alive():
     child = start_child(CHILD, "exit")
     output, errors = child.communicate(timeout=30)
@@ -222,6 +236,7 @@ def test_a_blocked_sampler_does_not_keep_the_process_alive():
     assert wait_until(lambda: not Path(f"/proc/{int(output)}").exists(), 8.0)
 
 
+@needs_reverb
 def test_the_server_dies_with_its_parent():
     child = start_child(CHILD, "hang")
     assert child.stdout is not None

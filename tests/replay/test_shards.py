@@ -15,14 +15,12 @@ from common.config import ReplayConfig
 from replay.sampler import BatchSampler
 from replay.server import free_ports, ports_from
 from replay.shards import ShardedSampler, batches
-from replay.writer import StreamWriter
 
-LENGTH = 8
 CONFIG = ReplayConfig(capacity=10_000)
 
 
-def fill(server, streams, stream: int, steps: int) -> None:
-    writer = StreamWriter(f"localhost:{server.port}", streams.signature, CONFIG, LENGTH)
+def fill(kind, server, streams, stream: int, steps: int) -> None:
+    writer = kind.writer(server)
     for counter in range(steps):
         writer.append(streams.make_step(stream, counter))
     writer.close()
@@ -42,19 +40,22 @@ def drawn(sampler, streams, count: int) -> Counter[int]:
 
 @pytest.fixture
 def two(serve):
+    return two_of(serve)
+
+
+def two_of(serve):
     """Servers whose limiters let hundreds of batches pass."""
     return [serve(train_ratio=1e4, batch_size=2) for _ in range(2)]
 
 
-def sampler_of(servers, streams, batch_size: int = 4):
-    addresses = [f"localhost:{server.port}" for server in servers]
-    return batches(addresses, streams.signature, batch_size=batch_size, batch_length=LENGTH)
+def sampler_of(kind, servers, batch_size: int = 4):
+    return batches([kind.source(server, batch_size // len(servers)) for server in servers])
 
 
-def test_every_batch_holds_as_many_windows_of_each_server(two, streams):
+def test_every_batch_holds_as_many_windows_of_each_server(kind, two, streams):
     for stream, server in enumerate(two):
-        fill(server, streams, stream, 26)
-    sampler = sampler_of(two, streams)
+        fill(kind, server, streams, stream, 26)
+    sampler = sampler_of(kind, two)
     assert isinstance(sampler, ShardedSampler)
     deadline = time.monotonic() + 20
     while not all(part.ready() for part in sampler._samplers):
@@ -66,11 +67,12 @@ def test_every_batch_holds_as_many_windows_of_each_server(two, streams):
     assert later[0] == pytest.approx(100, abs=60)  # a part that is late is taken from the other
 
 
-def test_a_server_without_data_and_one_that_is_killed_hold_nobody_up(two, streams):
-    fill(two[0], streams, 0, 26)
-    sampler = sampler_of(two, streams)
+def test_a_server_without_data_and_one_that_is_killed_hold_nobody_up(reverb, serve_reverb, streams):
+    two = two_of(serve_reverb)
+    fill(reverb, two[0], streams, 0, 26)
+    sampler = sampler_of(reverb, two)
     assert drawn(sampler, streams, 5) == {0: 20}
-    fill(two[1], streams, 1, 26)
+    fill(reverb, two[1], streams, 1, 26)
     while not drawn(sampler, streams, 1)[1]:
         pass
     os.kill(two[0].pid, signal.SIGKILL)
@@ -108,8 +110,8 @@ def test_parts_that_came_in_time_are_kept_for_the_next_call(streams):
     assert batch["x"][:, 0].tolist() == [1, 1, 2, 2]
 
 
-def test_one_server_needs_no_putting_together(two, streams):
-    sampler = sampler_of(two[:1], streams)
+def test_one_server_needs_no_putting_together(kind, two):
+    sampler = sampler_of(kind, two[:1])
     assert isinstance(sampler, BatchSampler)
     sampler.close()
 

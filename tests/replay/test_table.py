@@ -3,7 +3,8 @@ import pytest
 
 from common.config import ReplayConfig
 from common.types import ArraySpec, EnvSpec, UserError, replay_spec
-from replay.table import Layout, memory_ceiling, table_spec
+from replay.memory.table import MemoryTable
+from replay.table import Layout, frames_bytes, memory_ceiling, reverb_ceiling, table_spec
 
 CONFIG = ReplayConfig(capacity=1000)
 SIGNATURE = replay_spec(EnvSpec("task", {"vector": ArraySpec((29,))}, 2, 5, 1000))
@@ -81,5 +82,19 @@ def test_a_step_that_does_not_fit_is_named(streams, change, message):
 def test_memory_ceiling_bounds_what_was_measured():
     """Resident megabytes of the server per million steps (29 floats, 2 actions), as measured."""
     for length, stride, measured in [(16, 1, 786), (64, 1, 1039), (16, 4, 315), (64, 4, 438)]:
-        ceiling = memory_ceiling(SIGNATURE, ReplayConfig(stride=stride), batch_length=length) / 2**20
+        ceiling = reverb_ceiling(SIGNATURE, ReplayConfig(stride=stride), length) / 2**20
         assert measured < ceiling < 2.2 * measured
+
+
+@pytest.mark.parametrize(("streams", "stride"), [(1, 1), (8, 4)])
+def test_memory_ceiling_bounds_what_a_table_takes(streams, stride):
+    cfg = ReplayConfig(capacity=100_000, stride=stride)
+    table = MemoryTable(build(cfg), streams, compressed=False)
+    arrays = [array for lane in table.lanes for array in (*lane.columns, lane.starts)]
+    taken, ceiling = sum(array.nbytes for array in arrays), memory_ceiling(SIGNATURE, cfg, 16)
+    assert taken < ceiling < 1.2 * taken + 2**27
+
+
+def test_frames_are_what_is_not_in_the_packed_row():
+    assert frames_bytes(SIGNATURE, 10) == 0
+    assert frames_bytes({**SIGNATURE, "image": ArraySpec((64, 64, 3), "uint8")}, 10) == 10 * 64 * 64 * 3

@@ -1,4 +1,7 @@
-"""A training as a user starts it, seen from outside: who can reach it, and what it writes down."""
+"""A training as a user starts it, seen from outside: who can reach it, what it may do, what it writes down.
+
+An ordinary user starts it, also where the tests are run by root.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from common.configuration import load, merge, to_dict
 from common.metrics import METRICS
 from common.sinks import read_jsonl
 from deploy import run_dir as runs
+from tests import ordinary
 from tests.deploy.conftest import TINY
 from tests.network import reaches
 
@@ -46,38 +50,78 @@ class Ran:
     output: str
     listening: set[Address]
     reached: dict[Address, bool]  # by a connection from this process
+    users: set[int]
+    privileges: set[int]  # of all processes together
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    """A tiny training under its own Ray, with TensorBoard, W&B (offline) and a key in its environment."""
-    home = tmp_path_factory.mktemp("running")
-    ray = Path(tempfile.mkdtemp(prefix="sd-", dir="/tmp"))  # Ray's sockets need a short path
-    run, file = home / "run", home / "config.yaml"
-    file.write_text(yaml.safe_dump(to_dict(config())))
-    command = [sys.executable, "-c", "from deploy.cli import main; main()", "train"]
-    command += ["--config", str(file), "--run-dir", str(run)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_API_KEY": KEY, "RAY_TMPDIR": str(ray)}
-    with open(home / "output.txt", "w") as output:
-        process = psutil.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=home, env=env, start_new_session=True
+def home() -> Iterator[Path]:
+    """A folder of that user, with what the tests have compiled; Ray's sockets need its short path."""
+    folder = Path(tempfile.mkdtemp(prefix="sd-", dir="/tmp"))
+    shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], folder / "jax", dirs_exist_ok=True)
+    ordinary.give(folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(home: Path, name: str, cfg: Config, **env: str) -> psutil.Popen:
+    """`safedreamer train` by that user, its run and its output in their folder."""
+    file = home / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(to_dict(cfg)))
+    file.chmod(0o644)
+    words, _ = ordinary.command()
+    command = [*words, sys.executable, "-c", "from deploy.cli import main; main()", "train"]
+    command += ["--config", str(file), "--run-dir", str(home / name)]
+    own = {"HOME": str(home), "TMPDIR": str(home), "JAX_COMPILATION_CACHE_DIR": str(home / "jax")}
+    with open(home / f"{name}.txt", "w") as output:
+        return psutil.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=home,
+            env=os.environ | own | {"PYTHONPATH": str(ROOT)} | env,
+            start_new_session=True,
         )
+
+
+@pytest.fixture(scope="module")
+def ran(home: Path) -> Iterator[Ran]:
+    """A tiny training under its own Ray, with TensorBoard, W&B (offline) and a key in its environment."""
+    run, ray = home / "run", home / "ray"
+    process = start(home, "run", config(), WANDB_API_KEY=KEY, RAY_TMPDIR=str(home))
     family: set[psutil.Process] = set()
     try:
         wait_until(lambda: process.poll() is not None or updates(run) > 0)
+        assert process.poll() is None, (home / "run.txt").read_text()
         family = {process, *process.children(recursive=True)}
         listening = {address for each in family for address in listens(each)}
         ports = {port for _, port in listening}
         reached = {(host, port): reaches(host, port) for host in (*hosts(), "127.0.0.1") for port in ports}
+        users, privileges = allowed(family)
         process.terminate()
         code = process.wait(PATIENCE)
-        yield Ran(run, ray, code, (home / "output.txt").read_text(), listening, reached)
+        output = (home / "run.txt").read_text()
+        yield Ran(run, ray, code, output, listening, reached, users, privileges)
     finally:
-        for each in family | {process}:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(family, 20)
-        shutil.rmtree(ray, ignore_errors=True)
+        end(family | {process})
+
+
+def end(family: set[psutil.Process]) -> None:
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(family, 20)
+
+
+def allowed(family: set[psutil.Process]) -> tuple[set[int], set[int]]:
+    """Whose the processes are, and what privileges they have."""
+    users: set[int] = set()
+    privileges: set[int] = set()
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):  # a process that ends
+            users |= {each.uids().effective}
+            privileges |= ordinary.privileges(each.pid)
+    return users, privileges
 
 
 def config() -> Config:
@@ -86,7 +130,11 @@ def config() -> Config:
         "env_steps": 10**7,
         "logging": {"tensorboard": True, "wandb": "offline"},
     }
-    return merge(merge(load(), TINY, "tiny"), changes, "test")
+    return merge(tiny(), changes, "test")
+
+
+def tiny() -> Config:
+    return merge(load(), TINY, "tiny")
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -124,6 +172,25 @@ def files_with(directory: Path, text: str) -> list[Path]:
 def test_it_trained_and_saved(ran: Ran) -> None:
     assert ran.code == 128 + signal.SIGTERM, ran.output
     assert "stopped and saved" in ran.output
+
+
+def test_it_needed_no_privilege(ran: Ran) -> None:
+    ordinary.needed("a training without privileges")
+    assert ran.users == {ordinary.UID}
+    assert ran.privileges == set()
+
+
+@pytest.mark.parametrize("server", ["reverb", "memory"])
+def test_it_needs_none_without_ray(home: Path, server: str) -> None:
+    ordinary.needed("a training without privileges")
+    name = f"inline-{server}"
+    process = start(home, name, merge(tiny(), {"env_steps": 400, "replay": {"server": server}}, "test"))
+    try:
+        code = process.wait(PATIENCE)
+    finally:
+        end({process})
+    assert code == 0, (home / f"{name}.txt").read_text()
+    assert (home / name / runs.CHECKPOINTS).stat().st_uid == ordinary.UID
 
 
 def test_every_process_listens_on_loopback_alone(ran: Ran) -> None:
