@@ -236,7 +236,7 @@ def test_a_run_that_cannot_start_leaves_no_directory(cli, tmp_path, monkeypatch)
         raise UserError("Port 1 for the replay server can not be used")
 
     monkeypatch.setattr("deploy.inline.spawn_server", no_server)
-    result = cli("train", "--backend", "inline", "--run-dir", tmp_path / "run")
+    result = cli("train", "--backend", "inline", "--replay.server", "reverb", "--run-dir", tmp_path / "run")
     assert result.code == 2
     assert result.err.splitlines()[-1] == "safedreamer: Port 1 for the replay server can not be used"
     assert not (tmp_path / "run").exists()
