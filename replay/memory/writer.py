@@ -88,7 +88,8 @@ class MemoryWriter:
     def close(self, timeout: float = 2.0) -> None:
         """Sends what is buffered, of all streams of the group, and ends it.
 
-        What the table does not take within `timeout` seconds (0.1, if `should_stop()`) is lost.
+        Waits `timeout` seconds (0.1, if `should_stop()`) for the limiter to let it in. What has not even
+        reached the table then is lost; what waits there goes on waiting.
         """
         self._sender.close(timeout)
 
@@ -170,7 +171,7 @@ class _Sender:
     def _push(self, pending: int, deadline: float) -> None:
         """Sends blocks until at most `pending` windows of a stream wait, the deadline, or `should_stop()`.
 
-        With a deadline, `should_stop` is ignored, and nobody waits for the limiter.
+        With a deadline, `should_stop` is ignored, and the answers to the last blocks are waited for, too.
         """
         while not self._sent_all(pending, wait=deadline < math.inf):
             if time.monotonic() >= deadline or (deadline == math.inf and self._should_stop()):
@@ -180,7 +181,7 @@ class _Sender:
         """One step towards it; lasts as long as one question at most.
 
         Args:
-            wait: for the answers to the last blocks, too, instead of for the limiter.
+            wait: for the answers to the last blocks, too.
         """
         try:
             if not self._life and not self._open():
@@ -192,7 +193,7 @@ class _Sender:
             if self._sent and (wait or behind or self._sent[0][1].done()):
                 self._confirm(self._sent[0][1].result(_POLL_SECONDS))
                 return False
-            if not wait and max(self._pending) > pending:
+            if max(self._pending) > pending:
                 self._pending = self._link.settle(self._life, self._streams, pending, _SETTLE_SECONDS)
                 return max(self._pending) <= pending
         except FutureTimeout:

@@ -221,9 +221,18 @@ def test_rendering(answers, found, status: str, detail: str) -> None:
 
 def test_missing_debian_packages_are_named(answers, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"GLESv2": "libGLESv2.so.2"}
-    monkeypatch.setattr(probes.ctypes.util, "find_library", there.get)
+    monkeypatch.setattr("ctypes.util.find_library", there.get)
     answers(({}, "no"), ({}, "no"))
     assert probes.rendering("rendering").hint == "Debian, Ubuntu: apt-get install libegl1 libosmesa6"
+
+
+def test_macos_is_asked_for_its_own_opengl(answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    asked = answers(({}, "no context"))
+    check = probes.rendering("rendering")
+    assert check.detail == "no videos, no camera observations (cgl: no context)"
+    assert "apt-get" not in check.hint
+    assert [backend for _, backend in asked] == ["cgl"]
 
 
 def test_ray_leaves_no_files(answers) -> None:

@@ -176,8 +176,9 @@ class Fragile:
 def test_writers_and_samplers_outlive_their_replay(make, streams, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(writer, "_RETRY_SECONDS", 0.05)
     caplog.set_level(logging.WARNING)
-    replay = Fragile(make(checkpoint_dir=tmp_path))
-    cfg = ReplayConfig(compression="lz4" if replay.server.table.compressed else "none")
+    first = make(checkpoint_dir=tmp_path)
+    replay = Fragile(first)
+    cfg = ReplayConfig(compression="lz4" if first.table.compressed else "none")
     stop = threading.Event()
     (stream,) = stream_writers(replay.link, streams.signature, cfg, LENGTH, [0], stop.is_set)
     for counter in range(40):
@@ -185,7 +186,7 @@ def test_writers_and_samplers_outlive_their_replay(make, streams, tmp_path, monk
     source = MemorySource(replay.link, streams.signature, batch_size=4, batch_length=LENGTH)
     sampler = BatchSampler(source)
     assert sampler.next(5.0) is not None
-    replay.server.checkpoint()
+    first.checkpoint()
 
     replay.server = None
     done = threading.Event()
@@ -203,13 +204,13 @@ def test_writers_and_samplers_outlive_their_replay(make, streams, tmp_path, monk
         sampler.next(0.2)
     assert not sampler.server_alive
     assert not done.is_set()  # acting waits
-    replay.server = make(checkpoint_dir=tmp_path)
+    replay.server = second = make(checkpoint_dir=tmp_path)
     actor.join(10)
     assert done.is_set()
     assert stream.items_lost == 0
     assert stream.waited_seconds > 0.05
     sampler.close()
-    assert starts(replay.server, streams) >= set(range(40, 73))  # nothing that was acted meanwhile is lost
+    assert starts(second, streams) >= set(range(40, 73))  # nothing that was acted meanwhile is lost
     assert "Acting waits for the replay, which is gone" in caplog.text
     assert "Acting goes on" in caplog.text
 
