@@ -175,9 +175,7 @@ def port(name: str) -> Check:
         return Check(name, "ok", "replay in memory opens no port")
     facts, why = probe(_PORT, seconds=30)
     if why:
-        return Check(
-            name, "fail", f"it cannot be tried to keep one to this machine: {why}", "run `make setup`"
-        )
+        return Check(name, "fail", f"whether one can be kept cannot be tried: {why}", "run `make setup`")
     if not facts["refused"]:
         return Check(name, "ok", "can be kept to 127.0.0.1 by this user")
     detail, _, hint = facts["refused"].partition(": ")

@@ -259,7 +259,7 @@ REFUSED = "Port 7 cannot be kept to 127.0.0.1 (Not allowed): run it elsewhere, o
         (({"refused": REFUSED}, ""), ("fail", *REFUSED.split(": ", 1))),
         (
             ({}, "it crashed"),
-            ("fail", "it cannot be tried to keep one to this machine: it crashed", "run `make setup`"),
+            ("fail", "whether one can be kept cannot be tried: it crashed", "run `make setup`"),
         ),
     ],
 )
