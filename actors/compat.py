@@ -285,7 +285,7 @@ def _size_viewers() -> None:
     """
     from safety_gymnasium.bases import underlying
 
-    viewer = underlying.OffScreenViewer
+    viewer: Any = underlying.OffScreenViewer
 
     class OffScreenViewer(viewer):
         def __init__(self, model: Any, data: Any):
@@ -320,7 +320,7 @@ def _clear_markers() -> None:
     """
     from safety_gymnasium.bases import underlying
 
-    viewer = underlying.OffScreenViewer
+    viewer: Any = underlying.OffScreenViewer
 
     class OffScreenViewer(viewer):
         def _add_marker_to_scene(self, marker: dict[str, Any]) -> None:
@@ -353,12 +353,13 @@ def _add_cgl_to_viewers() -> None:
     gymnasium up to 1.4, at `render`: "RuntimeError: Environment variable MUJOCO_GL must be one of
     dict_keys(['glfw', 'egl', 'osmesa']): got 'cgl'".
     """
-    from gymnasium.envs.mujoco.mujoco_rendering import _ALL_RENDERERS
+    from gymnasium.envs.mujoco import mujoco_rendering
 
     def cgl(width: int, height: int) -> Any:
         return importlib.import_module("mujoco.cgl").GLContext(width, height)
 
-    _ALL_RENDERERS["cgl"] = cgl
+    renderers: dict[str, Any] = mujoco_rendering._ALL_RENDERERS
+    renderers["cgl"] = cgl
 
 
 @contextlib.contextmanager

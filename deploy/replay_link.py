@@ -15,7 +15,7 @@ _SILENT_SECONDS = 10.0  # beyond what a question may last: then nobody is there
 
 
 class RayLink:
-    """A `replay.memory.link.Link` to a `deploy.light_parts.MemoryReplay`, also to the one after it.
+    """A `replay.memory.link.Link` to a `deploy.light_parts.ReplayInMemory`, also to the one after it.
 
     Batches come through Ray's shared memory: what is large is mapped, not copied.
     """

@@ -69,7 +69,7 @@ FLAGS: Dict[str, Any] = {
 TITLES = {
     "actor": "ray::_Actor",
     "learner": "ray::_Learner",
-    "replay": "Replay",  # ray::ReverbReplay or ray::MemoryReplay
+    "replay": "ray::Replay",
     "inference": "ray::_Inference",
     "evaluator": "ray::_Evaluator",
     "metrics": "ray::Metrics",

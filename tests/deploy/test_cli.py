@@ -239,7 +239,7 @@ def test_a_run_that_cannot_start_leaves_no_directory(cli, tmp_path, monkeypatch,
         raise UserError("Port 1 for the replay server can not be used")
 
     monkeypatch.setattr("deploy.inline.spawn_server", no_server)
-    monkeypatch.setattr("deploy.inline.MemoryReplay", no_server)
+    monkeypatch.setattr("deploy.inline.ReplayInMemory", no_server)
     result = cli("train", "--backend", "inline", "--replay.server", server, "--run-dir", run)
     assert result.code == 2
     assert result.err.splitlines()[-1] == "safedreamer: Port 1 for the replay server can not be used"
