@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,34 @@ def test_what_waits_for_a_replay_that_never_comes_is_bounded_and_counted(streams
     assert stream.items == stream.items_lost == 100
     assert caplog.text.count("which is gone") == 1
     assert "Replay lost 8 steps" in caplog.text
+
+
+def test_a_replay_that_hangs_is_taken_for_gone(make, streams, monkeypatch, caplog):
+    monkeypatch.setattr(writer, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "_RETRY_SECONDS", 0.05)
+    server = make()
+
+    class Hanging(DirectLink):
+        """Takes the first blocks and never answers."""
+
+        hangs = True
+
+        def append(self, life, block):
+            return Future() if self.hangs else super().append(life, block)
+
+    link = Hanging(lambda: server.table)
+    cfg = ReplayConfig(compression="lz4" if server.table.compressed else "none")
+    patience = [time.monotonic() + 1.0]
+    (stream,) = stream_writers(
+        link, streams.signature, cfg, LENGTH, [0], lambda: time.monotonic() > patience[0]
+    )
+    for counter in range(40):
+        stream.append(streams.make_step(0, counter))
+    link.hangs, patience[0] = False, time.monotonic() + 60
+    stream.close(timeout=30)
+    assert "no answer for 0 s" in caplog.text
+    assert stream.items_lost == 0
+    assert starts(server, streams) == set(range(33))
 
 
 def test_a_table_that_was_started_anew_knows_no_writer(make, streams):
