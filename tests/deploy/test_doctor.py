@@ -263,7 +263,8 @@ REFUSED = "Port 7 cannot be kept to 127.0.0.1 (Not allowed): run it elsewhere, o
         ),
     ],
 )
-def test_replay_port(answers, found, expected) -> None:
+def test_replay_port(answers, monkeypatch: pytest.MonkeyPatch, found, expected) -> None:
+    monkeypatch.setattr(probes, "reverb_exists", lambda: True)
     answers(found)
     check = probes.port("replay port")
     assert (check.status, check.detail, check.hint) == expected
@@ -271,6 +272,7 @@ def test_replay_port(answers, found, expected) -> None:
 
 def test_a_port_that_cannot_be_kept_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from replay import binding; binding._SO_ATTACH_REUSEPORT_CBPF = 9_999\n"
+    monkeypatch.setattr(probes, "reverb_exists", lambda: True)
     monkeypatch.setattr(probes, "_PORT", code + probes._PORT)
     check = probes.port("replay port")
     assert check.status == "fail"
