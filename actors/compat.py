@@ -290,7 +290,7 @@ def _size_viewers() -> None:
     class OffScreenViewer(viewer):
         def __init__(self, model: Any, data: Any):
             size = model.vis.global_
-            super().__init__(model, data, size.offwidth, size.offheight)
+            super().__init__(model, data, size.offwidth, size.offheight)  # pyright: ignore[reportCallIssue]
 
     underlying.OffScreenViewer = OffScreenViewer
 
@@ -353,12 +353,13 @@ def _add_cgl_to_viewers() -> None:
     gymnasium up to 1.4, at `render`: "RuntimeError: Environment variable MUJOCO_GL must be one of
     dict_keys(['glfw', 'egl', 'osmesa']): got 'cgl'".
     """
-    from gymnasium.envs.mujoco.mujoco_rendering import _ALL_RENDERERS
+    from gymnasium.envs.mujoco import mujoco_rendering
 
     def cgl(width: int, height: int) -> Any:
         return importlib.import_module("mujoco.cgl").GLContext(width, height)
 
-    _ALL_RENDERERS["cgl"] = cgl
+    renderers: dict[str, Any] = mujoco_rendering._ALL_RENDERERS  # pyright: ignore[reportAssignmentType]
+    renderers["cgl"] = cgl
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def test_hinge_angles_and_bounds_are_the_simulators() -> None:
         angle = agent.get_sensor(name)[0]
         np.testing.assert_array_equal(seen[name], [np.sin(angle), np.cos(angle)])
     racecar = make_env("SafetyRacecarGoal0-v0", "lidar", 1)._sim
-    expected = np.float64(np.float32([20, 0.785]))
+    expected = np.array([20, 0.785], np.float32).astype(np.float64)
     np.testing.assert_array_equal(racecar.high, expected)
     np.testing.assert_array_equal(racecar.low, -expected)
 
