@@ -20,8 +20,8 @@ from tests.benchmarks.measure import Row, clock
 
 REPEAT = 5
 EPISODES = 3
-# How many times cheaper than the package, on MuJoCo 2 and on MuJoCo 3. What the package pays for a reset is most of
-# it: 1.2 s on MuJoCo 2.3.3, which decodes the sky's pictures every time, and 0.3 s on 3.17, which keeps them.
+# How many times cheaper than the package, on MuJoCo 2 and on MuJoCo 3. Its resets are most of what it costs:
+# 1.2 s on MuJoCo 2.3.3, which decodes the sky's pictures every time, and 0.3 s on 3.17, which keeps them.
 TARGETS = {
     "SafetyPointGoal1-v0": (9, 4),
     "SafetyCarGoal1-v0": (5, 2.5),
