@@ -285,12 +285,12 @@ def _size_viewers() -> None:
     """
     from safety_gymnasium.bases import underlying
 
-    viewer: Any = underlying.OffScreenViewer
+    viewer = underlying.OffScreenViewer
 
     class OffScreenViewer(viewer):
         def __init__(self, model: Any, data: Any):
             size = model.vis.global_
-            super().__init__(model, data, size.offwidth, size.offheight)
+            super().__init__(model, data, size.offwidth, size.offheight)  # pyright: ignore[reportCallIssue]
 
     underlying.OffScreenViewer = OffScreenViewer
 
@@ -320,7 +320,7 @@ def _clear_markers() -> None:
     """
     from safety_gymnasium.bases import underlying
 
-    viewer: Any = underlying.OffScreenViewer
+    viewer = underlying.OffScreenViewer
 
     class OffScreenViewer(viewer):
         def _add_marker_to_scene(self, marker: dict[str, Any]) -> None:
@@ -358,7 +358,7 @@ def _add_cgl_to_viewers() -> None:
     def cgl(width: int, height: int) -> Any:
         return importlib.import_module("mujoco.cgl").GLContext(width, height)
 
-    renderers: dict[str, Any] = mujoco_rendering._ALL_RENDERERS
+    renderers: dict[str, Any] = mujoco_rendering._ALL_RENDERERS  # pyright: ignore[reportAssignmentType]
     renderers["cgl"] = cgl
 
 
