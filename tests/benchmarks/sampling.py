@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,15 @@ def _config(observation: str, server: str, compression: str, nano: bool = False)
 
 def _arguments(cfg: Config, spec: EnvSpec) -> dict[str, Any]:
     return wiring.replay_arguments(cfg, spec, 0) | {"streams": STREAMS}
+
+
+def replay_for(cfg: Config) -> AbstractContextManager[Opened]:
+    """What a run would write to on this Python, within this process and its children."""
+    server = "reverb" if backend.exists() else "memory"
+    cfg = configuration.merge(
+        cfg, {"replay": {"server": server}, "learner": {"train_ratio": 1.0}}, "benchmark"
+    )
+    return _reverb(cfg) if server == "reverb" else _in_this_process(cfg)
 
 
 @contextmanager
