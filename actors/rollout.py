@@ -108,6 +108,8 @@ class Rollout:
         waited = self._waited()
         stats: dict[str, Any] = {}
         while time.monotonic() - started < seconds and report.env_steps < max_env_steps and not should_stop():
+            if not all(writer.admit() for writer in self._writers):
+                continue  # the learner is behind: what would be acted now had to wait for it
             if self._is_stale(newest):
                 time.sleep(_PAUSE_SECONDS)
                 report.paused_seconds += _PAUSE_SECONDS

@@ -140,6 +140,13 @@ class Policy(NamedTuple):
 class Writer(Protocol):
     """Appends the stream of ONE environment to replay."""
 
+    def admit(self) -> bool:
+        """Waits while the rate limiter holds this writer back; whether a step may be acted and appended now.
+
+        Whoever appends although it is not admitted is not refused: what waits only grows.
+        """
+        ...
+
     def append(self, step: Mapping[str, np.ndarray]) -> None:
         """Appends one step, keys as in `replay_spec`. Blocks only while the rate limiter says so."""
         ...

@@ -61,8 +61,15 @@ class StreamWriter:
         self._chunk = chunk_length(batch_length)
         self._max_pending = 2 * -(-self._chunk // cfg.stride)
         self._closed = False
+        self._held = False  # by the limiter, or a server that is down, when the last wait was cut short
         self._reopens = 0
         self._open()
+
+    def admit(self) -> bool:
+        """Waits, until `should_stop()`, for what holds this writer back; whether nothing does any more."""
+        if self._held:
+            self._wait(self._max_pending)
+        return not self._held
 
     def append(self, step: Mapping[str, Any]) -> None:
         """Appends one step (keys, shapes and dtypes as in `replay_spec`), and a window when one is due.
@@ -122,7 +129,7 @@ class StreamWriter:
         With a deadline, `should_stop` is ignored and what is then still unconfirmed counts as lost.
         """
         started = probed = time.monotonic()
-        answers = True
+        answers, self._held = True, False
         patience = 1  # ms; 0 would mean for ever
         while True:
             try:
@@ -139,6 +146,7 @@ class StreamWriter:
                     self._lose(sum(map(int, re.findall(r"(\d+) items", str(error)))), logging.INFO)
                     break
                 if deadline == math.inf and self._should_stop():
+                    self._held = True
                     break
                 patience = _FLUSH_MS
                 if answers and now - probed >= _PROBE_SECONDS:

@@ -74,6 +74,10 @@ class MemoryWriter:
         """For the rate limiter or a replay that is gone."""
         return self._sender.waited[self._row]
 
+    def admit(self) -> bool:
+        """Waits, until `should_stop()`, for what holds its group back; whether nothing does any more."""
+        return self._sender.admit(self._row)
+
     def append(self, step: Mapping[str, Any]) -> None:
         """Appends one step (keys, shapes and dtypes as in `replay_spec`).
 
@@ -135,6 +139,7 @@ class _Sender:
         self._pending = [0] * len(streams)
         self._life = 0  # of the streams; 0 while there are none
         self._missed_at: float | None = None  # when the replay was found to be gone
+        self._held = False  # when the last wait was cut short
         self._closed = False
         self._begin_block()
 
@@ -150,6 +155,12 @@ class _Sender:
         self._filled[row] = at + 1
         if at + 1 == self._chunk and min(self._filled) == self._chunk:
             self._dispatch(row)
+
+    def admit(self, row: int) -> bool:
+        """See `MemoryWriter.admit`; the time counts as waited by that stream."""
+        if self._held:
+            self._wait(row)
+        return not self._held
 
     def close(self, timeout: float) -> None:
         """Sends what there is; counts what is not confirmed in time as lost."""
@@ -178,21 +189,25 @@ class _Sender:
 
     def _dispatch(self, row: int) -> None:
         self._end_block()
-        started = time.monotonic()
-        self._push(self._max_pending, math.inf)
-        self.waited[row] += time.monotonic() - started
+        self._wait(row)
         if len(self._sent) + len(self._unsent) > _MAX_UNSENT:
             self._break_stream("too much waits for it")
             self._lose(self._unsent.popleft())
 
-    def _push(self, pending: int, deadline: float) -> None:
-        """Sends blocks until at most `pending` windows of a stream wait, the deadline, or `should_stop()`.
+    def _wait(self, row: int) -> None:
+        started = time.monotonic()
+        self._held = not self._push(self._max_pending, math.inf)
+        self.waited[row] += time.monotonic() - started
+
+    def _push(self, pending: int, deadline: float) -> bool:
+        """Sends blocks until at most `pending` windows of a stream wait; False if it was told to stop before.
 
         With a deadline, `should_stop` is ignored, and the answers to the last blocks are waited for, too.
         """
         while not self._sent_all(pending, wait=deadline < math.inf):
             if time.monotonic() >= deadline or (deadline == math.inf and self._should_stop()):
-                return
+                return False
+        return True
 
     def _sent_all(self, pending: int, wait: bool) -> bool:
         """One step towards it; lasts as long as one question at most.

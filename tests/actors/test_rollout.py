@@ -84,6 +84,10 @@ class ListWriter:
         self.steps: list[dict[str, np.ndarray]] = []
         self.waited_seconds = 0.0
         self.closed = False
+        self.held = False
+
+    def admit(self) -> bool:
+        return not self.held
 
     def append(self, step: Any) -> None:
         self.steps.append({name: np.array(value) for name, value in step.items()})
@@ -178,6 +182,18 @@ def test_a_slice_ends_at_its_env_steps_its_time_or_its_stop():
     before = len(writers[0].steps)
     assert rollout.run(60.0, 10**6, lambda: True).agent_steps == 0
     assert len(writers[0].steps) == before
+
+
+def test_nobody_acts_while_a_writer_is_held_back():
+    rollout, env, writers, _ = make()
+    rollout.run(60.0, 10**6, steps(3))
+    seen = len(env.seen)
+    writers[1].held = True
+    report = rollout.run(0.05, 10**6)
+    assert (report.agent_steps, len(env.seen)) == (0, seen)
+    writers[1].held = False
+    rollout.run(60.0, 10**6, steps(2))
+    assert len(env.seen) == seen + 2
 
 
 def test_random_steps_come_first_and_the_policy_begins_afresh():

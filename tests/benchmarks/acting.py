@@ -29,6 +29,7 @@ from common.types import EnvSpec, Policy
 from deploy import wiring
 from replay import backend
 from tests.benchmarks.measure import Row, repeat
+from tests.benchmarks.sampling import replay_for
 
 TASK = "SafetyPointGoal1-v0"
 ROUNDS = 5

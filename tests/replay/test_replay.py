@@ -116,6 +116,31 @@ def test_the_limiter_holds_writers_back(parts, streams):
     assert writer.appended < 100
 
 
+def test_whoever_is_held_back_is_not_admitted_until_somebody_samples(parts, streams):
+    """Slices of acting end, the limiter stays: what waits must not grow with every slice."""
+    run = parts(min_steps=20)
+    until = [time.monotonic() + 60]
+    writer = run.writer(should_stop=lambda: time.monotonic() > until[0])
+    counter = 0
+    for _ in range(8):
+        until[0] = time.monotonic() + 0.5
+        while writer.admit() and time.monotonic() < until[0]:
+            writer.append(streams.make_step(0, counter))
+            counter += 1
+    held = counter
+    assert held < 20 + 8 * 8  # the prefill, and a few chunks
+    for _ in range(3):
+        until[0] = time.monotonic() + 0.2
+        assert not writer.admit()
+    sampler = run.sampler()
+    until[0] = time.monotonic() + 60
+    while sampler.next(0.5) is not None:
+        pass
+    assert writer.admit()
+    writer.append(streams.make_step(0, counter))
+    until[0] = 0.0
+
+
 def test_the_limiter_holds_samplers_back(kind, parts, streams):
     run = parts(min_steps=20)
     writer, sampler = run.writer(), run.sampler()
