@@ -17,9 +17,10 @@ import results
 
 from common import checkpoint, versions
 from common.config import Config
+from common.configuration import merge
 from common.types import UserError
 from common.versions import Stretch, as_json, recorded
-from deploy import cli, evaluate, stack
+from deploy import cli, evaluate, stack, warm_start
 from deploy import run_dir as runs
 from tests.deploy.conftest import meta_of
 from tests.deploy.fake_workers import MADE_WITH, FakeWorkers, drive, saved_meta
@@ -146,6 +147,20 @@ def test_a_new_run_begins_from_one(
     for name in STACKS:
         _, err = says("train", "--from-checkpoint", agent(name), "--run-dir", tmp_path / name)
         assert err == sentence(name)
+
+
+@pytest.mark.parametrize(("exists", "server"), [(True, "reverb"), (False, "auto")])
+def test_a_new_run_needs_no_reverb_because_the_old_one_had_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool, server: str
+) -> None:
+    meta = meta_of(merge(Config(), {"replay": {"server": "reverb"}}, "test"), 1) | {
+        "updates": 1,
+        "version": 1,
+    }
+    path = checkpoint.save(tmp_path, 1, {"x": np.ones(2)}, meta)
+    monkeypatch.setattr(warm_start.backend, "exists", lambda: exists)
+    _, cfg = warm_start.saved_config(path)
+    assert cfg.replay.server == server
 
 
 # --- who writes it down, and when -------------------------------------------------------------------
