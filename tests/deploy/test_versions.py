@@ -122,6 +122,7 @@ def test_random_actions_were_trained_nowhere(says: Callable[..., Any]) -> None:
     assert (json.loads(out)["trained_on"], err) == ([], "")
 
 
+@pytest.mark.timeout(900)  # it compiles all that a training needs
 def test_a_run_goes_on_on_another_set(run_of: Callable[..., Path], says: Callable[..., Any]) -> None:
     run = run_of(OTHER)
     began = made_with(agent(OTHER))
