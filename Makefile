@@ -63,6 +63,9 @@ lock: ## Resolve requirements/*.in into the locks, check who can install them; A
 	$(call with_any_python,tools/lock.py $(ARGS))
 
 parallel = --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
-# The rest of the suite runs on one stack alone: it reads no package of which the stacks have different versions,
-# or, as the learner, only through functions whose numbers tests/parity compares.
-differs = tests/actors tests/replay tests/parity
+# What reads packages of which the two sets have different versions, learning by its recorded numbers, and the whole
+# program: once under Ray, terminated and resumed, and once in one process.
+differs = tests/actors tests/replay tests/parity tests/learner/test_reference_checkpoint.py \
+	tests/common/test_metrics.py tests/deploy/test_doctor.py \
+	tests/deploy/test_local.py::test_a_run_that_was_terminated_goes_on_where_it_was \
+	tests/deploy/test_inline.py::test_a_resumed_run_continues_its_curve_and_its_replay

@@ -1,10 +1,10 @@
-"""Imports safety-gymnasium 1.0.0, silently and otherwise untouched, also where its surroundings are newer than it.
+"""Imports safety-gymnasium 1.0.0, silently and otherwise untouched, among newer packages than its own too.
 
 The package was written for Python 3.10, gymnasium 0.28, MuJoCo 2.3 and numpy 1. What it misses in newer
-ones is put back here, in the package's own modules and classes alone: gymnasium, mujoco and numpy stay as
-they are. Every repair looks for what is missing, never at a version, and names the error that it prevents;
-where nothing is missing, nothing is changed. Numbers are never touched: rewards, costs and observations are
-those of the package on the same MuJoCo.
+ones is put back here, in the package's own modules and classes; gymnasium, mujoco and numpy stay as they
+are, but for one entry that macOS adds to a table of gymnasium's. Every repair looks for what is missing,
+never at a version, and names the error that it prevents; where nothing is missing, nothing is changed.
+Numbers are never touched: rewards, costs and observations are the package's on the same MuJoCo.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any
 
 import mujoco as _mujoco
 import numpy as np
+
+from actors import rendering
 
 mujoco: Any = _mujoco  # compiled, without type information
 
@@ -161,11 +163,8 @@ def _keep_autoreset_in_specs() -> None:
 
 
 def _joints_need_integers() -> bool:
-    model = mujoco.MjModel.from_xml_string(
-        "<mujoco><worldbody><body><joint/><geom size='1'/></body></worldbody></mujoco>"
-    )
     try:
-        model.jnt(np.zeros(1, np.int32))
+        _tiny_model().jnt(np.zeros(1, np.int32))
     except (TypeError, KeyError, IndexError):
         return True
     return False
@@ -235,7 +234,7 @@ def _take_floats_of_arrays() -> None:
 def _comparisons_overflow() -> bool:
     with np.errstate(over="raise"):
         try:
-            np.zeros(1, np.float32) < float(np.finfo(np.float64).max)
+            np.less(np.zeros(1, np.float32), float(np.finfo(np.float64).max))
         except FloatingPointError:
             return True
     return False
@@ -278,16 +277,133 @@ def _size_viewers() -> None:
     class OffScreenViewer(viewer):
         def __init__(self, model: Any, data: Any):
             size = model.vis.global_
-            super().__init__(model, data, size.offwidth, size.offheight)
+            super().__init__(model, data, size.offwidth, size.offheight)  # pyright: ignore[reportCallIssue]
 
     underlying.OffScreenViewer = OffScreenViewer
+
+
+def _markers_keep_leftovers() -> bool:
+    from safety_gymnasium.bases.underlying import OffScreenViewer
+
+    class Viewer(OffScreenViewer):
+        """No more of a viewer than adding a marker takes: no OpenGL."""
+
+        def __init__(self, scene: Any):
+            self.scn = scene
+
+        def __del__(self) -> None: ...
+
+    scene = mujoco.MjvScene(_tiny_model(), 1)
+    scene.geoms[0].objtype = mujoco.mjtObj.mjOBJ_GEOM
+    Viewer(scene)._add_marker_to_scene({"type": mujoco.mjtGeom.mjGEOM_SPHERE})
+    return scene.geoms[0].objtype == mujoco.mjtObj.mjOBJ_GEOM
+
+
+def _clear_markers() -> None:
+    """Markers in pictures of the package's own making are drawn alike whatever was drawn before.
+
+    gymnasium 1.0 and newer on MuJoCo 3.2 and newer leave to `mjv_initGeom` what they once set themselves
+    (see `clear_leftovers`): equal states give unequal pictures.
+    """
+    from safety_gymnasium.bases import underlying
+
+    viewer = underlying.OffScreenViewer
+
+    class OffScreenViewer(viewer):
+        def _add_marker_to_scene(self, marker: dict[str, Any]) -> None:
+            clear_leftovers(self.scn.geoms[self.scn.ngeom])
+            super()._add_marker_to_scene(marker)
+
+    underlying.OffScreenViewer = OffScreenViewer
+
+
+def clear_leftovers(geom: Any) -> None:
+    """Marks a geom of a scene as decoration that stands for nothing in the model.
+
+    `mjv_initGeom` (MuJoCo 2.3.3 as well as 3.17) sets neither category nor object: what was drawn in that
+    place of the scene before, or lay in its memory, decides in which order translucent geoms are drawn.
+    """
+    geom.category = mujoco.mjtCatBit.mjCAT_DECOR
+    geom.objtype = mujoco.mjtObj.mjOBJ_UNKNOWN
+    geom.objid = geom.segid = -1
+
+
+def _viewers_lack_cgl() -> bool:
+    from gymnasium.envs.mujoco.mujoco_rendering import _ALL_RENDERERS
+
+    return "cgl" in rendering.backends() and "cgl" not in _ALL_RENDERERS
+
+
+def _add_cgl_to_viewers() -> None:
+    """Pictures of velocity tasks on macOS: one more entry in gymnasium's own table of backends.
+
+    gymnasium up to 1.4, at `render`: "RuntimeError: Environment variable MUJOCO_GL must be one of
+    dict_keys(['glfw', 'egl', 'osmesa']): got 'cgl'".
+    """
+    from gymnasium.envs.mujoco import mujoco_rendering
+
+    def cgl(width: int, height: int) -> Any:
+        return importlib.import_module("mujoco.cgl").GLContext(width, height)
+
+    renderers: dict[str, Any] = mujoco_rendering._ALL_RENDERERS  # pyright: ignore[reportAssignmentType]
+    renderers["cgl"] = cgl
+
+
+@contextlib.contextmanager
+def _warnings_of_mujoco() -> Iterator[list[str]]:
+    """Collects what MuJoCo would print and append to a file MUJOCO_LOG.TXT in the current directory."""
+    heard: list[str] = []
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(heard.append)
+    try:
+        yield heard
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
+def _total_mass_is_deprecated() -> bool:
+    with _warnings_of_mujoco() as heard:
+        _tiny_model('<compiler settotalmass="1"/>')
+    return bool(heard)
+
+
+def _make_cheetahs_quietly() -> None:
+    """HalfCheetah, whose model (gymnasium's) sets the total mass in a way that is going out of use.
+
+    MuJoCo 3.17, whenever such an environment is made, prints "WARNING: compiler attribute 'settotalmass'
+    is deprecated" and appends it to a file MUJOCO_LOG.TXT wherever the program runs.
+    """
+    from safety_gymnasium.tasks.safe_velocity import safety_half_cheetah_velocity_v0 as module
+
+    cheetah = module.SafetyHalfCheetahVelocityEnv
+    original = cheetah.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, **options: Any) -> None:
+        with _warnings_of_mujoco() as heard:
+            original(self, **options)
+        for text in heard:
+            if "settotalmass" not in text:
+                warnings.warn(text, stacklevel=2)
+
+    cheetah.__init__ = init
+
+
+def _tiny_model(compiler: str = "") -> Any:
+    """A model of one body on one hinge."""
+    return mujoco.MjModel.from_xml_string(
+        f'<mujoco>{compiler}<worldbody><body><joint/><geom size="1"/></body></worldbody></mujoco>'
+    )
 
 
 # What may be missing, and what puts it back.
 _REPAIRS: tuple[tuple[Callable[[], bool], Callable[[], None]], ...] = (
     (_specs_lack_autoreset, _keep_autoreset_in_specs),
+    (_comparisons_overflow, _let_bounds_overflow),
     (_joints_need_integers, _find_joints_by_array),
     (_floats_need_scalars, _take_floats_of_arrays),
-    (_comparisons_overflow, _let_bounds_overflow),
     (_viewers_need_sizes, _size_viewers),
+    (_markers_keep_leftovers, _clear_markers),
+    (_viewers_lack_cgl, _add_cgl_to_viewers),
+    (_total_mass_is_deprecated, _make_cheetahs_quietly),
 )

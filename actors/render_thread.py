@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from actors import rendering
+from actors import compat, rendering
 from actors.compat import mujoco
 from common.types import UserError
 
@@ -113,6 +113,7 @@ def _add_marker(scene: Any, type: Any, size: Any, pos: Any, rgba: Any, label: st
         return  # markers are decoration
     geom = scene.geoms[scene.ngeom]
     rotation = np.eye(3).ravel()
+    compat.clear_leftovers(geom)
     mujoco.mjv_initGeom(geom, type, np.array(size, float), np.array(pos, float), rotation, np.float32(rgba))
     geom.label = label
     scene.ngeom += 1

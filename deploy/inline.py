@@ -17,7 +17,7 @@ from common.metrics import MetricsWriter
 from common.types import EnvSpec
 from deploy import run_dir as runs
 from deploy import wiring
-from deploy.light_parts import MemoryReplay
+from deploy.light_parts import ReplayInMemory
 from deploy.weights import Holder
 from deploy.workers import ActorWorker, EvaluatorWorker, InferenceWorker, LearnerWorker
 from replay import binding
@@ -67,7 +67,7 @@ class _ReverbReplay:
         return self._server.messages
 
 
-class _ReverbReplays:
+class _ReverbServers:
     """Reverb servers and their addresses."""
 
     def __init__(self, cfg: Config, log: Path):
@@ -80,16 +80,16 @@ class _ReverbReplays:
         return _ReverbReplay(arguments, self._ports[shard], self._host, self._log)
 
 
-class _MemoryReplays:
+class _MemoryTables:
     """Tables of this process and the ways to them."""
 
     def __init__(self, cfg: Config):
         self._servers: dict[int, MemoryServer] = {}
         self.reaches = [DirectLink(partial(self._table, shard)) for shard in range(cfg.replay.shards)]
 
-    def make(self, shard: int, arguments: dict[str, Any]) -> MemoryReplay:
+    def make(self, shard: int, arguments: dict[str, Any]) -> ReplayInMemory:
         self._servers.pop(shard, None)
-        replay = MemoryReplay(arguments)
+        replay = ReplayInMemory(arguments)
         self._servers[shard] = replay.server
         return replay
 
@@ -121,7 +121,7 @@ class InlineWorkers:
         self.central = wiring.central_inference(cfg, gpus=0)
         self._holder = Holder()
         log = run / runs.REPLAY_LOG
-        self._replays = _MemoryReplays(cfg) if cfg.replay.server == "memory" else _ReverbReplays(cfg, log)
+        self._replays = _MemoryTables(cfg) if cfg.replay.server == "memory" else _ReverbServers(cfg, log)
         self._proxies: dict[str, ThreadProxy] = {}
 
     def replay(self, shard: int) -> ThreadProxy:

@@ -19,7 +19,7 @@ from replay.server import ReplayServer
 from replay.table import ReplayInfo
 
 
-class ReverbReplay:
+class ReplayByReverb:
     """A Reverb server in a process of its own; what Reverb says goes to a file, not across the view.
 
     Args:
@@ -42,7 +42,7 @@ class ReverbReplay:
         return self._server.info()
 
 
-class MemoryReplay:
+class ReplayInMemory:
     """A replay in the memory of a process of its own, with several calls at a time.
 
     Args:

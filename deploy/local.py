@@ -24,7 +24,7 @@ from deploy import shipping, signals, wiring
 from deploy.accelerators import card
 from deploy.cluster import Cluster, Options, Placement, ThisMachine
 from deploy.joining import connect
-from deploy.light_parts import MemoryReplay, Metrics, ReverbReplay
+from deploy.light_parts import Metrics, ReplayByReverb, ReplayInMemory
 from deploy.replay_link import RayLink
 from deploy.weights import Holder, RayHolder
 from deploy.wiring import Reach
@@ -193,10 +193,11 @@ class RayWorkers:
         }
         if self._by_reverb:
             arguments |= {"port": self._ports[shard], "host": self._host}
-            handle = self._start(name, ReverbReplay, self._run, arguments, place=place, env=_ON_CPU)
+            handle = self._start(name, ReplayByReverb, self._run, arguments, place=place, env=_ON_CPU)
         else:
             calls = {"max_concurrency": self._cfg.actors.count + _SPARE_CALLS}
-            handle = self._start(name, MemoryReplay, arguments, place=place | calls, env=_ON_CPU)
+            env = memory.KEEP_FREED | _ON_CPU
+            handle = self._start(name, ReplayInMemory, arguments, place=place | calls, env=env)
         return RayProxy(handle)
 
     def learner(self) -> RayProxy:

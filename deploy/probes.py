@@ -6,7 +6,6 @@ Part of `safedreamer doctor`; importing this module imports none of them.
 from __future__ import annotations
 
 import contextlib
-import ctypes.util
 import importlib.metadata
 import json
 import os
@@ -20,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from actors import rendering as gl
 from deploy.stack import stack
 from replay.backend import exists as reverb_exists
 
 ROOT = Path(__file__).resolve().parent.parent
-GL_PACKAGES = {"EGL": "libegl1", "GLESv2": "libgles2", "OSMesa": "libosmesa6"}  # library -> Debian package
 
 # Runs the code it gets and prints, last of all, the dict `facts` that the code made, or its error.
 _HARNESS = """
@@ -176,9 +175,7 @@ def port(name: str) -> Check:
         return Check(name, "ok", "replay in memory opens no port")
     facts, why = probe(_PORT, seconds=30)
     if why:
-        return Check(
-            name, "fail", f"it cannot be tried to keep one to this machine: {why}", "run `make setup`"
-        )
+        return Check(name, "fail", f"whether one can be kept cannot be tried: {why}", "run `make setup`")
     if not facts["refused"]:
         return Check(name, "ok", "can be kept to 127.0.0.1 by this user")
     detail, _, hint = facts["refused"].partition(": ")
@@ -201,15 +198,15 @@ def ray(name: str) -> Check:
 
 
 def rendering(name: str) -> Check:
-    """Renders a picture without a screen: by EGL or else by OSMesa, on macOS by what the system has."""
+    """Renders a picture without a screen, by the first backend of this system that can."""
     reasons = []
-    for backend in ("cgl",) if sys.platform == "darwin" else ("egl", "osmesa"):
+    for backend in gl.backends():
         env = {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
         facts, why = probe(_RENDERING, seconds=60, env=env)
         if not why and facts["contrast"] > 0:
             return Check(name, "ok", f"MUJOCO_GL={backend}")
         reasons.append(f"{backend}: {why or 'an empty picture'}")
-    needed = {} if sys.platform == "darwin" else GL_PACKAGES
-    lost = [package for library, package in needed.items() if ctypes.util.find_library(library) is None]
+    detail = f"no videos, no camera observations ({'; '.join(reasons) or 'only Linux and macOS can'})"
+    lost = gl.missing_packages()
     hint = f"Debian, Ubuntu: apt-get install {' '.join(lost)}" if lost else "is the graphics driver complete?"
-    return Check(name, "warn", f"no videos, no camera observations ({'; '.join(reasons)})", hint)
+    return Check(name, "warn", detail, hint)

@@ -9,13 +9,12 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from replay.memory.link import SILENT_SECONDS
 from replay.memory.table import Appended, Block, Columns, Gone
-
-_SILENT_SECONDS = 10.0  # beyond what a question may last: then nobody is there
 
 
 class RayLink:
-    """A `replay.memory.link.Link` to a `deploy.light_parts.MemoryReplay`, also to the one after it.
+    """A `replay.memory.link.Link` to a `deploy.light_parts.ReplayInMemory`, also to the one after it.
 
     Batches come through Ray's shared memory: what is large is mapped, not copied.
     """
@@ -55,9 +54,9 @@ class RayLink:
     @staticmethod
     def _get(reference: Any, timeout: float) -> Any:
         try:
-            return ray.get(reference, timeout=timeout + _SILENT_SECONDS)
+            return ray.get(reference, timeout=timeout + SILENT_SECONDS)
         except GetTimeoutError:
-            raise Gone(f"no answer for {_SILENT_SECONDS:.0f} s") from None
+            raise Gone(f"no answer for {SILENT_SECONDS:.0f} s") from None
         except (RayActorError, RayTaskError) as error:
             raise _told(error) from error
 

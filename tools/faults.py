@@ -1,11 +1,12 @@
 """Breaks the parts of a running training, one after another, and measures how each comes back.
 
-    .venv/bin/python tools/faults.py OUT.json
+    .venv/bin/python tools/faults.py OUT.json [--replay memory]
 
 The run is tiny: two actors, real Ray, about three minutes on two cores. Exit code 1 when something does
 not come back.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -16,7 +17,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List
 
 import psutil
 
@@ -289,8 +290,10 @@ def truncate_newest_checkpoint(run: Path) -> None:
         file.truncate(largest.stat().st_size // 2)
 
 
-def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[str, Any]:
-    """Every fault once. Returns what the README's table says; raises Lost."""
+def story(
+    directory: Path, say: Callable[[str], None] = lambda _: None, replay: str = "auto"
+) -> Dict[str, Any]:
+    """Every fault once, with a `replay.server`. Returns what the README's table says; raises Lost."""
     run = directory / "run"
     figures: Dict[str, Any] = {}
 
@@ -298,7 +301,7 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
         figures[name] = dict(more, seconds=round(seconds, 1))
         say(f"{name}: {figures[name]}")
 
-    with victim(run) as broken, ThreadPoolExecutor(1) as pool:
+    with victim(run, **{"replay.server": replay}) as broken, ThreadPoolExecutor(1) as pool:
         for name in ("actor", "inference", "evaluator", "metrics"):
             note("killed " + name, broken.recover(name))
         broken.part("holder").kill()
@@ -338,17 +341,24 @@ def story(directory: Path, say: Callable[[str], None] = lambda _: None) -> Dict[
     return figures
 
 
+def arguments(purpose: str) -> argparse.ArgumentParser:
+    """What this tool and the soak take."""
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="where the figures go")
+    servers = ("auto", "reverb", "memory")
+    parser.add_argument("--replay", choices=servers, default="auto", help="replay.server of the training")
+    return parser
+
+
 def main() -> None:
     """Entry point."""
-    out: Optional[str] = sys.argv[1] if len(sys.argv) == 2 else None
-    if out is None:
-        sys.exit("usage: python tools/faults.py OUT.json")
+    args = arguments("Breaks every part of a training once, and measures how it comes back.").parse_args()
     with tempfile.TemporaryDirectory() as directory:
         try:
-            figures = story(Path(directory), lambda line: print(line, flush=True))
+            figures = story(Path(directory), lambda line: print(line, flush=True), args.replay)
         except Lost as loss:
             sys.exit(f"FAILED: {loss}")
-    Path(out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if figures["problems"] else 0)
 
 

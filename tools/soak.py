@@ -1,6 +1,6 @@
 """Kills a random part of a running training every half minute, then checks that nothing is wrong with it.
 
-    .venv/bin/python tools/soak.py OUT.json [MINUTES]
+    .venv/bin/python tools/soak.py OUT.json [--minutes 20] [--replay memory]
 
 At the end SIGTERM saves the run, and --resume brings it to a regular end. Exit code 1 when a check fails.
 """
@@ -24,12 +24,14 @@ PARTS = ("actor", "actor", "learner", "replay", "inference", "evaluator", "metri
 RATIO_TOLERANCE = 0.2
 
 
-def soak(directory: Path, seconds: float, every: float = EVERY_SECONDS) -> Dict[str, Any]:
+def soak(
+    directory: Path, seconds: float, every: float = EVERY_SECONDS, replay: str = "auto"
+) -> Dict[str, Any]:
     """What was killed, and what is wrong afterwards. Raises `faults.Lost` when training does not go on."""
     run = directory / "run"
     killed: List[str] = []
     choose = random.Random(0)
-    with faults.victim(run) as victim:
+    with faults.victim(run, **{"replay.server": replay}) as victim:
         started = time.monotonic()
         while time.monotonic() - started < seconds:
             killed.append(choose.choice(PARTS))
@@ -74,15 +76,15 @@ def soak(directory: Path, seconds: float, every: float = EVERY_SECONDS) -> Dict[
 
 def main() -> None:
     """Entry point."""
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python tools/soak.py OUT.json [MINUTES]")
-    minutes = float(sys.argv[2]) if len(sys.argv) == 3 else 20.0
+    parser = faults.arguments("Kills a random part of a training every half minute.")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         try:
-            result = soak(Path(directory), 60 * minutes)
+            result = soak(Path(directory), 60 * args.minutes, replay=args.replay)
         except faults.Lost as loss:
             sys.exit(f"FAILED: {loss}")
-    Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
     sys.exit(1 if result["problems"] else 0)
 

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from replay.memory.table import Appended, Block, Columns, Gone, MemoryTable
 
+SILENT_SECONDS = 10.0  # beyond what a question may last: then nobody is there
+
 
 class Link(Protocol):
     """The methods of a `MemoryTable` that writers and samplers need, wherever it is.

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.config import ReplayConfig
 from common.types import ArraySpec
 from replay.memory import frames
-from replay.memory.link import Link
+from replay.memory.link import SILENT_SECONDS, Link
 from replay.memory.table import Appended, Block, Gone
 from replay.table import Layout, chunk_length
 
@@ -88,9 +88,27 @@ class MemoryWriter:
     def close(self, timeout: float = 2.0) -> None:
         """Sends what is buffered, of all streams of the group, and ends it.
 
-        What the table does not take within `timeout` seconds (0.1, if `should_stop()`) is lost.
+        Waits `timeout` seconds (0.1, if `should_stop()`) for the limiter to let it in. What has not even
+        reached the table then is lost; what waits there goes on waiting.
         """
         self._sender.close(timeout)
+
+
+class _Sent(NamedTuple):
+    """A block on its way."""
+
+    block: Block
+    answer: Future[Appended]
+    at: float  # time.monotonic()
+
+    def answered(self) -> Appended | None:
+        """The answer, or None while it is not there. Raises Gone when it is long overdue."""
+        try:
+            return self.answer.result(_POLL_SECONDS)
+        except FutureTimeout:
+            if time.monotonic() - self.at > SILENT_SECONDS:
+                raise Gone(f"no answer for {SILENT_SECONDS:.0f} s") from None
+            return None
 
 
 class _Sender:
@@ -113,7 +131,7 @@ class _Sender:
         self._stride, self._chunk = cfg.stride, chunk_length(batch_length)
         self._max_pending = 2 * -(-self._chunk // cfg.stride)
         self._unsent: deque[Block] = deque()
-        self._sent: deque[tuple[Block, Future[Appended]]] = deque()  # and not confirmed
+        self._sent: deque[_Sent] = deque()  # and not confirmed
         self._pending = [0] * len(streams)
         self._life = 0  # of the streams; 0 while there are none
         self._missed_at: float | None = None  # when the replay was found to be gone
@@ -141,7 +159,7 @@ class _Sender:
         if any(self._filled):
             self._end_block()
         self._push(0, time.monotonic() + (min(timeout, 0.1) if self._should_stop() else timeout))
-        for block in [*(block for block, _ in self._sent), *self._unsent]:
+        for block in [*(sent.block for sent in self._sent), *self._unsent]:
             self._lose(block)
 
     def _begin_block(self) -> None:
@@ -170,7 +188,7 @@ class _Sender:
     def _push(self, pending: int, deadline: float) -> None:
         """Sends blocks until at most `pending` windows of a stream wait, the deadline, or `should_stop()`.
 
-        With a deadline, `should_stop` is ignored, and nobody waits for the limiter.
+        With a deadline, `should_stop` is ignored, and the answers to the last blocks are waited for, too.
         """
         while not self._sent_all(pending, wait=deadline < math.inf):
             if time.monotonic() >= deadline or (deadline == math.inf and self._should_stop()):
@@ -180,23 +198,21 @@ class _Sender:
         """One step towards it; lasts as long as one question at most.
 
         Args:
-            wait: for the answers to the last blocks, too, instead of for the limiter.
+            wait: for the answers to the last blocks, too.
         """
         try:
             if not self._life and not self._open():
                 return False
             while self._unsent and len(self._sent) < _IN_FLIGHT:
                 answer = self._link.append(self._life, self._unsent[0])
-                self._sent.append((self._unsent.popleft(), answer))
+                self._sent.append(_Sent(self._unsent.popleft(), answer, time.monotonic()))
             behind = bool(self._unsent) or len(self._sent) == _IN_FLIGHT
-            if self._sent and (wait or behind or self._sent[0][1].done()):
-                self._confirm(self._sent[0][1].result(_POLL_SECONDS))
+            if self._sent and (wait or behind or self._sent[0].answer.done()):
+                self._confirm(self._sent[0].answered())
                 return False
-            if not wait and max(self._pending) > pending:
+            if max(self._pending) > pending:
                 self._pending = self._link.settle(self._life, self._streams, pending, _SETTLE_SECONDS)
                 return max(self._pending) <= pending
-        except FutureTimeout:
-            return False
         except Gone as error:
             self._break_stream(str(error))
             return False
@@ -213,7 +229,9 @@ class _Sender:
         self._missed_at = None
         return True
 
-    def _confirm(self, appended: Appended) -> None:
+    def _confirm(self, appended: Appended | None) -> None:
+        if appended is None:
+            return
         self._sent.popleft()
         self._pending = appended.pending
         for row, due in enumerate(appended.due):
@@ -223,7 +241,7 @@ class _Sender:
         """What was not confirmed goes to the replay that comes, as the beginning of new streams."""
         if self._missed_at is None:
             _log.warning("Acting waits for the replay, which is gone: %s", reason)
-        self._unsent.extendleft(block for block, _ in reversed(self._sent))
+        self._unsent.extendleft(sent.block for sent in reversed(self._sent))
         self._sent.clear()
         self._life, self._missed_at = 0, time.monotonic()
         self._pending = [0] * len(self._streams)

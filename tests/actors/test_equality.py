@@ -17,6 +17,7 @@ from actors.safety_gym import make_env
 from common.types import VECTOR
 
 SEED = 3
+VELOCITY_ROBOTS = ("HalfCheetah", "Hopper", "Swimmer", "Walker2d", "Ant", "Humanoid")
 
 
 class Package:
@@ -70,8 +71,8 @@ def assert_same_obs(ours, theirs):
         ("SafetyRacecarPush2-v0", 5, fast_reset.light_assets),
         ("SafetyPointCircle2-v0", 5, fast_reset.light_assets),
         ("SafetyDoggoRun0-v0", 2, fast_reset.light_assets),
-        ("SafetyHopperVelocity-v1", 4, contextlib.nullcontext),
-        ("SafetyHumanoidVelocity-v1", 2, contextlib.nullcontext),
+        ("SafetyDoggoPush1-v0", 3, fast_reset.light_assets),
+        *((f"Safety{robot}Velocity-v1", 3, contextlib.nullcontext) for robot in VELOCITY_ROBOTS),
     ],
 )
 def test_lidar_rollout_is_the_packages_across_resets(task, repeat, reset_context):

@@ -92,6 +92,25 @@ def test_geoms_can_be_left_out_and_markers_added(thread):
 
 
 @needs_gl
+def test_markers_take_nothing_over_from_what_was_drawn_in_their_place(thread):
+    """Two translucent spheres, the first where a geom of the model was drawn before.
+
+    `mjv_initGeom` (MuJoCo 2.3.3 and 3.17) keeps the geom's object, and the sphere would go behind the other.
+    """
+    marker = {"type": mujoco.mjtGeom.mjGEOM_SPHERE, "size": [0.3] * 3, "label": ""}
+    markers = [
+        {**marker, "pos": [0, 0.0, 1.0], "rgba": [0, 0, 1, 0.5]},
+        {**marker, "pos": [0, 0.1, 0.9], "rgba": [0, 1, 0, 0.5]},
+    ]
+    only_wall = {"visible": np.array([True, False]), "markers": markers}
+    paint, other = Painter(thread, "red", RED), Painter(thread, "again", RED)
+    for lit in (paint, other):
+        lit.model.vis.headlight.ambient[:] = 1.0  # else every sphere is black
+    paint()
+    np.testing.assert_array_equal(paint(**only_wall), other(**only_wall))
+
+
+@needs_gl
 def test_every_task_has_its_own_textures_and_the_least_recent_leaves(thread):
     red, green, blue = (
         Painter(thread, name, rgb) for name, rgb in (("red", RED), ("green", GREEN), ("blue", BLUE))

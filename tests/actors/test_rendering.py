@@ -1,7 +1,12 @@
+import importlib
+import os
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 
-from actors import rendering
+from actors import render_thread, rendering
 from actors.safety_gym import make_env
 from actors.vector_env import SafetyVectorEnv
 from common.types import UserError
@@ -10,6 +15,7 @@ needs_gl = pytest.mark.skipif(rendering.gl_backend() is None, reason="no headles
 
 
 def test_without_gl_the_error_names_the_packages(monkeypatch):
+    monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(rendering, "_loads", lambda library: False)
     assert rendering.gl_backend() is None
@@ -32,6 +38,54 @@ def test_a_backend_that_is_wished_for_must_be_there(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "off")
     with pytest.raises(UserError, match="egl or osmesa"):
         rendering.require_gl()
+
+
+def test_macos_renders_with_its_own_opengl(monkeypatch):
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr(rendering, "_loads", lambda library: library == "OpenGL")
+    monkeypatch.setenv("MUJOCO_GL", "")
+    assert rendering.gl_backend() == rendering.require_gl() == "cgl"
+    assert os.environ["MUJOCO_GL"] == "cgl"  # which is what MuJoCo and gymnasium read
+    assert rendering.missing_packages() == []
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(UserError, match="'egl': rendering without a screen needs cgl"):
+        rendering.require_gl()
+    monkeypatch.setattr(rendering, "_loads", lambda library: False)
+    monkeypatch.delenv("MUJOCO_GL")
+    with pytest.raises(
+        UserError, match=r"macOS brings \(CGL\) does not load\. Train without cameras"
+    ) as error:
+        rendering.require_gl()
+    assert "apt-get" not in str(error.value)
+
+
+def test_other_systems_need_a_screen(monkeypatch):
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    monkeypatch.setenv("MUJOCO_GL", "")
+    assert rendering.gl_backend() is None
+    with pytest.raises(UserError, match=r"not on Windows\. Train without cameras.*MUJOCO_GL=glfw"):
+        rendering.require_gl()
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    assert rendering.require_gl() == "glfw"
+
+
+@needs_gl
+def test_cameras_and_the_outside_view_are_drawn_by_cgl_on_macos(monkeypatch):
+    """CGL is played by what renders here: the same pictures, by the backend's name alone."""
+    here = rendering.require_gl()
+    expected = make_env("SafetyPointGoal0-v0", "vision", 1, seed=0).reset()["image"]
+    cgl = ModuleType("mujoco.cgl")
+    monkeypatch.setattr(cgl, "GLContext", importlib.import_module(f"mujoco.{here}").GLContext, raising=False)
+    monkeypatch.setitem(sys.modules, "mujoco.cgl", cgl)
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr(rendering, "_loads", lambda library: library == "OpenGL")
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setattr(render_thread, "_shared", None)
+    env = make_env("SafetyPointGoal0-v0", "vision", 1, seed=0, render=True)
+    np.testing.assert_array_equal(env.reset()["image"], expected)
+    assert os.environ["MUJOCO_GL"] == "cgl"
+    assert np.ptp(env.render()) > 50
+    render_thread.shared().close()
 
 
 @needs_gl

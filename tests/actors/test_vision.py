@@ -49,6 +49,8 @@ def scaled(env, action):
         # The package's markers of lidar readings hang above the robot; one that leans as an ant does
         # sees some of them, which would show it what it must not see.
         ("SafetyAntGoal1-v0", "auto", False),
+        ("SafetyCarPush1-v0", "vision", True),
+        ("SafetyDoggoGoal1-v0", "auto", False),
     ],
 )
 def test_frames_are_the_packages_across_resets(task, names, markers):
@@ -304,7 +306,7 @@ np.savez(sys.argv[1], outside=env.render(), **images)
 
 @pytest.mark.parametrize("backend", ["egl", "osmesa"])
 def test_both_backends_draw_and_leave_in_peace(backend, tmp_path):
-    if not all(rendering._loads(library) for library in rendering._BACKENDS[backend]):
+    if not all(rendering._loads(library) for library in rendering.backends()[backend]):
         pytest.skip(f"no {backend} here")
     names = {key: value for key, value in os.environ.items() if key != "PYOPENGL_PLATFORM"}
     done = subprocess.run(

@@ -25,11 +25,9 @@ import psutil
 from actors.vector_env import SafetyVectorEnv
 from common import configuration
 from common.config import Config
-from common.types import EnvSpec, Policy, replay_spec
+from common.types import EnvSpec, Policy
 from deploy import wiring
 from replay import backend
-from replay.process import spawn_server
-from replay.writer import StreamWriter
 from tests.benchmarks.measure import Row, repeat
 
 TASK = "SafetyPointGoal1-v0"
@@ -79,20 +77,8 @@ def split(method: str) -> dict[str, float]:
     cfg = configuration.load(method=method, size="nano", task=TASK)
     spec = wiring.spec_of(cfg)
     leaves = _parameters(cfg, spec)
-    signature, length, envs = replay_spec(spec), cfg.learner.batch_length, cfg.actors.envs
-    server = spawn_server(
-        signature,
-        cfg.replay,
-        batch_length=length,
-        train_ratio=1.0,
-        batch_size=cfg.learner.batch_size,
-        min_steps=cfg.replay.capacity // 2,
-        streams=envs,
-    )
-    try:
-        writers = [
-            StreamWriter(f"localhost:{server.port}", signature, cfg.replay, length) for _ in range(envs)
-        ]
+    envs = cfg.actors.envs
+    with replay_for(cfg) as (writers, _, _):
         rollout = wiring.rollout(cfg, spec, _Source(leaves), writers, actor=0, life=0, prefill=0)
         rollout.warm_up(60.0)
         environment = _timed(rollout._env, "step", time.thread_time)
@@ -105,8 +91,6 @@ def split(method: str) -> dict[str, float]:
             rollout.run(1e9, 10**9, lambda calls=calls: next(calls) >= DECISIONS[method])
             rounds.append((time.process_time() - started, sum(environment), sum(policy)))
         rollout.close()
-    finally:
-        server.stop()
     count = DECISIONS[method] * envs
     whole, stepping, choosing = (median(part) / count for part in zip(*rounds[1:], strict=True))
     computing = _computing(wiring.published_policy(cfg, spec, explore=True), spec, leaves, envs)

@@ -19,11 +19,13 @@ from common import checkpoint
 from common.metrics import EPISODES, METRICS
 from common.sinks import read_jsonl
 from deploy import run_dir as runs
+from deploy.light_parts import ReplayInMemory
 from deploy.outcome import Outcome
 from deploy.train import train
 from deploy.workers import count_mixed
 from learner.learner import Learner
 from tests import synthetic
+from tests.stacks import needs_reverb
 
 ENV_STEPS = 5_000
 
@@ -165,22 +167,36 @@ def test_nothing_but_what_failed_was_started_anew(unlucky):
     assert unlucky.outcome.counters.restarts == 2  # an actor and the learner
 
 
+def kill_a_reverb_server() -> None:
+    servers = [p for p in psutil.Process().children() if "replay.process" in " ".join(p.cmdline())]
+    os.kill(servers[0].pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_killed_server_process_is_replaced_and_its_losses_are_counted(tmp_path, shards):
-    checkpoint_dir = runs.replay_dir(tmp_path / "run", 0, shards)
+@pytest.mark.parametrize("server", [pytest.param("reverb", marks=needs_reverb), "memory"])
+def test_a_replay_that_fails_is_replaced_and_its_losses_are_counted(tmp_path, monkeypatch, server, shards):
+    saved = runs.replay_dir(tmp_path / "run", 0, shards) / "000001" / "manifest.json"
+    info, fail_once = ReplayInMemory.info, once(lambda: fail(RuntimeError("the table is broken")))
+
+    def failing(replay: ReplayInMemory) -> Any:
+        if saved.exists():
+            fail_once()
+        return info(replay)
 
     def kill() -> None:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if (checkpoint_dir / "000001" / "manifest.json").exists():
-                break
+        while not saved.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        servers = [p for p in psutil.Process().children() if "replay.process" in " ".join(p.cmdline())]
-        os.kill(servers[0].pid, signal.SIGKILL)
+        kill_a_reverb_server()
 
-    threading.Thread(target=kill, daemon=True).start()
-    several = {"replay": {"capacity": 20_000, "stride": 4, "shards": 2}, "actors": {"count": 2, "envs": 8}}
-    changes = several if shards == 2 else {}
+    if server == "memory":
+        monkeypatch.setattr(ReplayInMemory, "info", failing)
+    else:
+        threading.Thread(target=kill, daemon=True).start()
+    changes: dict[str, Any] = {"replay": {"server": server}}
+    if shards == 2:
+        changes["replay"] |= {"capacity": 20_000, "stride": 4, "shards": 2}
+        changes["actors"] = {"count": 2, "envs": 8}
     _, rows, outcome = end_of(tmp_path, env_steps=15_000, checkpoint={"every_seconds": 0.5}, **changes)
     assert outcome.counters.restarts == 1
     assert any(name.startswith("recovered/replay") for row in rows for name in row)

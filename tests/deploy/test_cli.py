@@ -28,6 +28,7 @@ from deploy import run_dir as runs
 from deploy.cli import main
 from tests import ordinary
 from tests.deploy.conftest import meta_of
+from tests.stacks import needs_reverb
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -228,18 +229,21 @@ def test_a_run_directory_without_permission():
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_cannot_start_leaves_no_directory(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize("server", [pytest.param("reverb", marks=needs_reverb), "memory"])
+def test_a_run_that_cannot_start_leaves_no_directory(cli, tmp_path, monkeypatch, server):
     """Its name is free for the next try."""
+    run = tmp_path / "run"
 
-    def no_server(*args: object, log: Path, **kwargs: object) -> None:
-        log.write_text("what the server said")
+    def no_server(*args: object, **kwargs: object) -> None:
+        (run / "replay.log").write_text("what the server said")
         raise UserError("Port 1 for the replay server can not be used")
 
     monkeypatch.setattr("deploy.inline.spawn_server", no_server)
-    result = cli("train", "--backend", "inline", "--run-dir", tmp_path / "run")
+    monkeypatch.setattr("deploy.inline.ReplayInMemory", no_server)
+    result = cli("train", "--backend", "inline", "--replay.server", server, "--run-dir", run)
     assert result.code == 2
     assert result.err.splitlines()[-1] == "safedreamer: Port 1 for the replay server can not be used"
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()
 
 
 # --- what can be asked --------------------------------------------------------------------------

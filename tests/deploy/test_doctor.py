@@ -221,9 +221,18 @@ def test_rendering(answers, found, status: str, detail: str) -> None:
 
 def test_missing_debian_packages_are_named(answers, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"GLESv2": "libGLESv2.so.2"}
-    monkeypatch.setattr(probes.ctypes.util, "find_library", there.get)
+    monkeypatch.setattr("ctypes.util.find_library", there.get)
     answers(({}, "no"), ({}, "no"))
     assert probes.rendering("rendering").hint == "Debian, Ubuntu: apt-get install libegl1 libosmesa6"
+
+
+def test_macos_is_asked_for_its_own_opengl(answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    asked = answers(({}, "no context"))
+    check = probes.rendering("rendering")
+    assert check.detail == "no videos, no camera observations (cgl: no context)"
+    assert "apt-get" not in check.hint
+    assert [backend for _, backend in asked] == ["cgl"]
 
 
 def test_ray_leaves_no_files(answers) -> None:
@@ -250,11 +259,12 @@ REFUSED = "Port 7 cannot be kept to 127.0.0.1 (Not allowed): run it elsewhere, o
         (({"refused": REFUSED}, ""), ("fail", *REFUSED.split(": ", 1))),
         (
             ({}, "it crashed"),
-            ("fail", "it cannot be tried to keep one to this machine: it crashed", "run `make setup`"),
+            ("fail", "whether one can be kept cannot be tried: it crashed", "run `make setup`"),
         ),
     ],
 )
-def test_replay_port(answers, found, expected) -> None:
+def test_replay_port(answers, monkeypatch: pytest.MonkeyPatch, found, expected) -> None:
+    monkeypatch.setattr(probes, "reverb_exists", lambda: True)
     answers(found)
     check = probes.port("replay port")
     assert (check.status, check.detail, check.hint) == expected
@@ -262,6 +272,7 @@ def test_replay_port(answers, found, expected) -> None:
 
 def test_a_port_that_cannot_be_kept_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from replay import binding; binding._SO_ATTACH_REUSEPORT_CBPF = 9_999\n"
+    monkeypatch.setattr(probes, "reverb_exists", lambda: True)
     monkeypatch.setattr(probes, "_PORT", code + probes._PORT)
     check = probes.port("replay port")
     assert check.status == "fail"

@@ -26,6 +26,7 @@ from common.sinks import read_jsonl
 from common.types import UserError
 from deploy import run_dir as runs
 from deploy.outcome import Counters
+from replay import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds, for a machine that does much else
@@ -154,7 +155,8 @@ def test_a_run_under_ray_survives_a_killed_actor(ray_session, tmp_path, tiny_con
     assert sources == {"actor0", "actor1"}
     assert counters(run) == outcome.counters
     assert (run / runs.PLOT).is_file()
-    assert "Started replay server" in (run / runs.REPLAY_LOG).read_text()
+    if backend.exists():
+        assert "Started replay server" in (run / runs.REPLAY_LOG).read_text()
     table = capsys.readouterr().out
     assert "realised train ratio" in table
     assert f"run: {run}" in table

@@ -7,6 +7,7 @@ import pytest
 
 from common.types import UserError
 from replay import backend
+from tests.stacks import needs_reverb
 
 ROUND_TRIP = """
 import sys
@@ -46,18 +47,21 @@ def run(mode: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+@needs_reverb
 def test_lite_import_serves_and_is_small():
     done = run("lite")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 200
 
 
+@needs_reverb
 @pytest.mark.slow
 def test_full_import_serves():
     done = run("full")
     assert done.returncode == 0, done.stderr
 
 
+@needs_reverb
 def test_a_proxy_in_the_environment_is_not_used():
     done = run("lite", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
@@ -77,6 +81,7 @@ def test_a_python_without_reverb_is_refused(monkeypatch):
         backend.load()
 
 
+@needs_reverb
 def test_a_missing_package_is_named(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.delitem(sys.modules, "reverb", raising=False)

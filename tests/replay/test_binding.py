@@ -18,6 +18,7 @@ from replay import binding
 from replay.server import free_ports
 from tests import ordinary
 from tests.network import reaches
+from tests.stacks import needs_reverb
 
 LOOPBACK, OTHER = "127.0.0.1", "127.0.0.2"
 
@@ -201,26 +202,23 @@ def test_no_privilege_is_needed() -> None:
 # --- the server itself ----------------------------------------------------------------------------
 
 
-def test_a_replay_server_answers_on_loopback_alone(serve) -> None:
-    server = serve()
+def test_a_replay_server_answers_on_loopback_alone(serve_reverb) -> None:
+    server = serve_reverb()
     assert server.info().size == 0
     assert reaches(LOOPBACK, server.port)
     assert not any(reaches(host, server.port) for host in (OTHER, *OWN))
 
 
-def test_a_replay_server_answers_at_one_other_address(serve) -> None:
-    server = serve(host=OTHER)
+def test_a_replay_server_answers_at_one_other_address(serve_reverb) -> None:
+    server = serve_reverb(host=OTHER)
     assert server.info().size == 0  # its own client, too, goes to that address
     assert [host for host in (LOOPBACK, OTHER, *OWN) if reaches(host, server.port)] == [OTHER]
 
 
 IN_A_NETWORK_OF_IPV4 = """
-import sys
-from pathlib import Path
 from common.config import ReplayConfig
 from common.types import ArraySpec
 from replay.server import ReplayServer
-from tests import ordinary
 from tests.network import reaches
 sizes = dict(batch_length=8, train_ratio=16.0, batch_size=4, min_steps=20)
 server = ReplayServer({"is_first": ArraySpec((), "bool")}, ReplayConfig(), **sizes)
@@ -229,6 +227,7 @@ server.stop()
 """
 
 
+@needs_reverb
 def test_a_replay_server_without_ipv6() -> None:
     namespace = ["unshare", "--map-root-user", "--net", "sh", "-ec"]
     setup = "ip link set lo up; echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"
@@ -247,12 +246,12 @@ def test_a_replay_server_without_ipv6() -> None:
     assert done.stdout.strip() == "[True, False, False]", done.stderr
 
 
-def test_a_replay_server_answers_everywhere_when_asked(serve) -> None:
-    server = serve(host="0.0.0.0")
+def test_a_replay_server_answers_everywhere_when_asked(serve_reverb) -> None:
+    server = serve_reverb(host="0.0.0.0")
     assert server.info().size == 0
     assert all(reaches(host, server.port) for host in (LOOPBACK, OTHER, *OWN))
 
 
-def test_a_replay_server_refuses_the_address_of_another_machine(serve) -> None:
+def test_a_replay_server_refuses_the_address_of_another_machine(serve_reverb) -> None:
     with pytest.raises(UserError, match=r"replay\.host 203\.0\.113\.7 is no address of this machine"):
-        serve(host="203.0.113.7")
+        serve_reverb(host="203.0.113.7")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,9 @@ class Fragile:
 def test_writers_and_samplers_outlive_their_replay(make, streams, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(writer, "_RETRY_SECONDS", 0.05)
     caplog.set_level(logging.WARNING)
-    replay = Fragile(make(checkpoint_dir=tmp_path))
-    cfg = ReplayConfig(compression="lz4" if replay.server.table.compressed else "none")
+    first = make(checkpoint_dir=tmp_path)
+    replay = Fragile(first)
+    cfg = ReplayConfig(compression="lz4" if first.table.compressed else "none")
     stop = threading.Event()
     (stream,) = stream_writers(replay.link, streams.signature, cfg, LENGTH, [0], stop.is_set)
     for counter in range(40):
@@ -185,7 +187,7 @@ def test_writers_and_samplers_outlive_their_replay(make, streams, tmp_path, monk
     source = MemorySource(replay.link, streams.signature, batch_size=4, batch_length=LENGTH)
     sampler = BatchSampler(source)
     assert sampler.next(5.0) is not None
-    replay.server.checkpoint()
+    first.checkpoint()
 
     replay.server = None
     done = threading.Event()
@@ -203,13 +205,13 @@ def test_writers_and_samplers_outlive_their_replay(make, streams, tmp_path, monk
         sampler.next(0.2)
     assert not sampler.server_alive
     assert not done.is_set()  # acting waits
-    replay.server = make(checkpoint_dir=tmp_path)
+    replay.server = second = make(checkpoint_dir=tmp_path)
     actor.join(10)
     assert done.is_set()
     assert stream.items_lost == 0
     assert stream.waited_seconds > 0.05
     sampler.close()
-    assert starts(replay.server, streams) >= set(range(40, 73))  # nothing that was acted meanwhile is lost
+    assert starts(second, streams) >= set(range(40, 73))  # nothing that was acted meanwhile is lost
     assert "Acting waits for the replay, which is gone" in caplog.text
     assert "Acting goes on" in caplog.text
 
@@ -224,6 +226,34 @@ def test_what_waits_for_a_replay_that_never_comes_is_bounded_and_counted(streams
     assert stream.items == stream.items_lost == 100
     assert caplog.text.count("which is gone") == 1
     assert "Replay lost 8 steps" in caplog.text
+
+
+def test_a_replay_that_hangs_is_taken_for_gone(make, streams, monkeypatch, caplog):
+    monkeypatch.setattr(writer, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "_RETRY_SECONDS", 0.05)
+    server = make()
+
+    class Hanging(DirectLink):
+        """Takes the first blocks and never answers."""
+
+        hangs = True
+
+        def append(self, life, block):
+            return Future() if self.hangs else super().append(life, block)
+
+    link = Hanging(lambda: server.table)
+    cfg = ReplayConfig(compression="lz4" if server.table.compressed else "none")
+    patience = [time.monotonic() + 1.0]
+    (stream,) = stream_writers(
+        link, streams.signature, cfg, LENGTH, [0], lambda: time.monotonic() > patience[0]
+    )
+    for counter in range(40):
+        stream.append(streams.make_step(0, counter))
+    link.hangs, patience[0] = False, time.monotonic() + 60
+    stream.close(timeout=30)
+    assert "no answer for 0 s" in caplog.text
+    assert stream.items_lost == 0
+    assert starts(server, streams) == set(range(33))
 
 
 def test_a_table_that_was_started_anew_knows_no_writer(make, streams):

@@ -25,7 +25,9 @@ from common.types import ArraySpec, UserError
 from deploy import evaluate, warm_start
 from deploy import run_dir as runs
 from deploy.cli import main
+from replay import backend
 from replay.process import spawn_server
+from tests.stacks import NO_REVERB
 
 LIKE = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.int32(7)}
 
@@ -352,7 +354,9 @@ SIGNATURE = {"x": ArraySpec((3,))}
 
 @pytest.fixture
 def buffer(tmp_path: Path) -> Path:
-    """The replay directory of a run, with two checkpoints."""
+    """The replay directory of a run under Reverb, with two checkpoints. (In memory: tests/replay.)"""
+    if not backend.exists():
+        pytest.skip(NO_REVERB)
     server = start(tmp_path)
     server.checkpoint()
     server.checkpoint()
