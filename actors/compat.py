@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -50,18 +49,6 @@ def safety_gymnasium() -> ModuleType:
         if is_missing():
             repair()
     return module
-
-
-def versions() -> dict[str, str]:
-    """Which simulator this process steps: package -> version, for what is recorded with results.
-
-    Physics differ between versions of MuJoCo, so that a score belongs to the one that it was made with.
-    Quick: reads the packages' metadata and imports nothing more.
-    """
-    return {
-        "mujoco": mujoco.__version__,
-        "safety-gymnasium": importlib.metadata.version("safety-gymnasium"),
-    }
 
 
 def _silence_notices() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from common import config_checks, configuration
+from common import checkpoint, config_checks, configuration, versions
 from common.config import Config
 from common.types import UserError
 from common.untrusted import printable
@@ -100,12 +100,14 @@ def _train(argv: list[str]) -> int:
         return 0
     if args.resume is not None:
         runs.check_unfinished(args.resume, cfg)
+        _tell_where_it_comes_from(checkpoint.latest(args.resume / runs.CHECKPOINTS))
         return _run(cfg, args.resume.absolute(), resume=True)
     from deploy import wiring
     from deploy.train import check
 
     cfg = wiring.settled(cfg)
     check(cfg, warm)  # before a directory is made
+    _tell_where_it_comes_from(None if warm is None else warm.checkpoint)
     run = runs.create(args.run_dir or runs.default_path(cfg), cfg)
     try:
         if warm is not None:
@@ -115,6 +117,17 @@ def _train(argv: list[str]) -> int:
         return _run(cfg, run, resume=False)
     finally:
         runs.discard_unused(run)
+
+
+def _tell_where_it_comes_from(found: Path | None) -> None:
+    """One line where a training goes on from a checkpoint that was made on another MuJoCo."""
+    meta = {} if found is None else checkpoint.read_meta(found)
+    _tell_of_other_physics(versions.recorded(meta.get("versions")))
+
+
+def _tell_of_other_physics(trained: Sequence[versions.Stretch]) -> None:
+    if (sentence := versions.other_physics(trained)) is not None:
+        print(f"safedreamer: {sentence}", file=sys.stderr)
 
 
 def _run(cfg: Config, run: Path, *, resume: bool) -> int:
@@ -185,6 +198,8 @@ def _eval(argv: list[str]) -> int:
     for sentence in skipped:
         print(f"safedreamer: {sentence}; an older one is used", file=sys.stderr)
     evaluate.check_fit(cfg, args.task, args.observation)
+    trained_on = [] if args.random else versions.recorded(meta.get("versions"))
+    _tell_of_other_physics(trained_on)
     summary = evaluate.run(
         cfg,
         params,
@@ -197,7 +212,8 @@ def _eval(argv: list[str]) -> int:
     method = "random actions" if args.random else cfg.method
     if args.json:
         about = {"task": cfg.task, "method": method, "env_steps": meta["env_steps"], "seed": args.seed}
-        print(json.dumps(about | {name.removeprefix("eval/"): value for name, value in summary.items()}))
+        scores = {name.removeprefix("eval/"): value for name, value in summary.items()}
+        print(json.dumps(about | scores | versions.of_result(trained_on)))
     else:
         Console().print(eval_table(summary, f"{method} on {cfg.task}, {meta['env_steps']:,} env steps"))
         for line in files.lines():

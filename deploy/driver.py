@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +25,7 @@ from common.configuration import to_dict
 from common.metrics import Aggregator, summarize_episodes
 from common.status import Evaluation, Status
 from common.types import EnvSpec, EpisodeResult, UserError
+from common.versions import Stretch, as_json
 from deploy import signals
 from deploy.evaluations import Evaluations
 from deploy.journal import Journal
@@ -76,11 +77,22 @@ class Workers(Protocol):
 
 
 class Driver:
-    """Runs one training to its end. `run` blocks; signals end it with a checkpoint."""
+    """Runs one training to its end. `run` blocks; signals end it with a checkpoint.
 
-    def __init__(self, cfg: Config, spec: EnvSpec, run: Path, workers: Workers, status: Status):
+    `made_with` says what it has trained on until now and does from here on; checkpoints keep it.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        spec: EnvSpec,
+        run: Path,
+        workers: Workers,
+        status: Status,
+        made_with: Sequence[Stretch],
+    ):
         self._cfg, self._spec, self._run_dir, self._workers = cfg, spec, run, workers
-        self._status = status
+        self._status, self._made_with = status, made_with
         self._counters = Counters()
         self._parts = Supervisor(cfg.supervision, self._failed, workers.watched)
         self._rows = Aggregator()
@@ -356,6 +368,7 @@ class Driver:
             "env_steps": self._counters.env_steps,
             "counters": asdict(self._counters),
             "config": to_dict(self._cfg),
+            "versions": as_json(self._made_with),
         }
 
     def _log_row(self) -> None:

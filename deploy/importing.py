@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from common import checkpoint, config_checks, configuration
+from common import checkpoint, config_checks, configuration, versions
 from common.config import Config
 from common.types import VECTOR, EnvSpec, UserError
 from common.yaml_file import read_yaml
@@ -65,6 +65,7 @@ def import_checkpoint(path: Path, wanted: Wanted, out: Path) -> Path:
         "counters": asdict(counters),
         "config": configuration.to_dict(cfg),
         "imported_from": path.name,
+        "imported_with": versions.here(),  # what it was trained with, nobody wrote down
     }
     return checkpoint.save(out, step, state, meta)
 

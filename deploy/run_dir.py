@@ -1,10 +1,14 @@
-"""A run is a directory: config.yaml, metrics.jsonl, episodes.jsonl, checkpoints/, replay/, curves.png."""
+"""A run is a directory.
+
+config.yaml, versions.json, metrics.jsonl, episodes.jsonl, checkpoints/, replay/, curves.png
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -13,15 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, config_checks, configuration
+from common import checkpoint, config_checks, configuration, versions
 from common.config import Config
 from common.metrics import EPISODES, METRICS
 from common.types import UserError
 from common.untrusted import is_count
+from common.versions import Stretch
 from common.yaml_file import read_yaml
 from deploy.outcome import Counters
 
 CONFIG = "config.yaml"
+VERSIONS = "versions.json"
 CHECKPOINTS = "checkpoints"
 REPLAY = "replay"
 REPLAY_LOG = "replay.log"
@@ -30,7 +36,7 @@ LOCK = ".lock"
 WARM_START = "from_checkpoint.json"
 
 _OWN = {
-    *(CONFIG, METRICS, EPISODES, CHECKPOINTS, REPLAY, REPLAY_LOG, PLOT, LOCK, WARM_START),
+    *(CONFIG, VERSIONS, METRICS, EPISODES, CHECKPOINTS, REPLAY, REPLAY_LOG, PLOT, LOCK, WARM_START),
     *("tensorboard", "wandb"),
 }
 
@@ -93,7 +99,7 @@ def discard_unused(path: Path) -> None:
         return
     for directory in (REPLAY, "tensorboard", "wandb"):
         shutil.rmtree(path / directory, ignore_errors=True)
-    for file in (CONFIG, LOCK, REPLAY_LOG, METRICS, EPISODES, PLOT, WARM_START):
+    for file in (CONFIG, VERSIONS, LOCK, REPLAY_LOG, METRICS, EPISODES, PLOT, WARM_START):
         (path / file).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's files are in it
         path.rmdir()
@@ -110,9 +116,29 @@ def check_links(path: Path) -> None:
 
 def write_config(path: Path, cfg: Config) -> None:
     """Writes config.yaml whole or not at all. Raises OSError."""
-    temporary = path / f".{CONFIG}.tmp"
-    temporary.write_text(configuration.dump(cfg))
-    os.replace(temporary, path / CONFIG)
+    _write_whole(path / CONFIG, configuration.dump(cfg))
+
+
+def note_versions(path: Path, *, resume: bool) -> list[Stretch]:
+    """Writes down what a run trains on from now on, and what it has trained on: that says its checkpoint.
+
+    A run without one begins anew, whatever it began with. Raises UserError where nothing can be written.
+    """
+    newest = checkpoint.latest(path / CHECKPOINTS) if resume else None
+    meta = {} if newest is None else checkpoint.read_meta(newest)
+    made_with = versions.continued(versions.recorded(meta.get("versions")), meta.get("env_steps", 0))
+    try:
+        _write_whole(path / VERSIONS, json.dumps(versions.as_json(made_with), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"the run directory {path} cannot be written ({error.strerror})") from None
+    return made_with
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def read_config(path: Path) -> Config:

@@ -77,11 +77,12 @@ def train(cfg: Config, run: Path, *, resume: bool) -> Outcome:
         if resume:
             runs.check_unfinished(run, cfg)
             runs.write_config(run, cfg)
+        made_with = runs.note_versions(run, resume=resume)
         if not cfg.ray.address:  # there another node holds the buffer
             _announce_memory(cfg, spec)
         workers = BACKENDS[cfg.backend](cfg, spec, run)
         try:
-            outcome = Driver(cfg, spec, run, workers, status).run(resume)
+            outcome = Driver(cfg, spec, run, workers, status, made_with).run(resume)
         finally:
             workers.close()
     _report(cfg, run, outcome)

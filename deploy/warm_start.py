@@ -6,6 +6,7 @@ checkpoint begins there again; from then on its own checkpoints count.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.types import EnvSpec, UserError
 from common.untrusted import is_count, read_json, shown
 from deploy import run_dir as runs
 from deploy import wiring
+from replay import backend
 
 _MAX_BYTES = 10_000
 
@@ -43,9 +45,15 @@ class WarmStart:
 
 
 def saved_config(path: Path) -> tuple[Path, Config]:
-    """The checkpoint that `path` means (a run, its checkpoints/, or one of them), and its configuration."""
+    """The checkpoint that `path` means (a run, its checkpoints/, or one of them), and its configuration.
+
+    A new run has no replay buffer yet, so that it need not have a server that only other packages have.
+    """
     found = checkpoint.find_checkpoint(path.absolute())
-    return found, runs.config_of(found, checkpoint.read_meta(found))
+    cfg = runs.config_of(found, checkpoint.read_meta(found))
+    if cfg.replay.server == "reverb" and not backend.exists():
+        cfg = dataclasses.replace(cfg, replay=dataclasses.replace(cfg.replay, server="auto"))
+    return found, cfg
 
 
 def check_settings(saved: Config, wanted: Config) -> None:

@@ -17,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 from actors.evaluate import evaluate
+from common import versions
 from common.metrics import EPISODES, METRICS
 from common.plots import plot_runs
 from common.sinks import read_jsonl
@@ -62,6 +63,7 @@ def main() -> None:
 
 def collect(run: Path, episodes: int, seed: int) -> dict[str, Any]:
     """One run: how it was configured, every evaluation, how it ended, and a new evaluation."""
+    loaded = evaluation.load(run)
     rows = read_jsonl(run / METRICS)
     trained = read_jsonl(run / EPISODES)
     last = next(row for row in reversed(rows) if "replay/train_ratio" in row)
@@ -74,13 +76,13 @@ def collect(run: Path, episodes: int, seed: int) -> dict[str, Any]:
         "training_cost_per_episode": mean(row["cost"] for row in trained),
         "evaluations": [row for row in rows if "eval/return" in row],
         "layouts": seed,
-        "episodes": play(run, episodes, seed),
+        "episodes": play(loaded, episodes, seed),
+        **versions.of_result(versions.recorded(loaded.meta.get("versions"))),
     }
 
 
-def play(run: Path, episodes: int, seed: int) -> dict[str, list[float]]:
-    """Returns and costs of the newest checkpoint, episode by episode."""
-    loaded = evaluation.load(run)
+def play(loaded: evaluation.Loaded, episodes: int, seed: int) -> dict[str, list[float]]:
+    """Returns and costs, episode by episode."""
     spec = wiring.spec_of(loaded.cfg)
     env = wiring.evaluation_env(loaded.cfg, seed, episodes)
     results = evaluate(

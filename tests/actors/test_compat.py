@@ -245,8 +245,3 @@ def test_velocity_tasks_are_drawn_by_cgl_on_macos(monkeypatch: pytest.MonkeyPatc
     env.reset()
     assert np.ptp(env.render()) > 50
     env.close()
-
-
-def test_versions_name_the_simulator() -> None:
-    assert compat.versions() == {"mujoco": mujoco.__version__, "safety-gymnasium": "1.0.0"}
-    assert mujoco.mj_versionString() == mujoco.__version__

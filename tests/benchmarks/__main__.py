@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
+from common import versions
 from tests.benchmarks import acting, end_to_end, environment, inference, learning, sampling
 from tests.benchmarks.measure import Row
 
@@ -54,11 +53,7 @@ def main() -> None:
                 flush=True,
             )
     _print(rows)
-    machine = {
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+    machine = {"cpus": len(os.sched_getaffinity(0)), **versions.here()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(
         json.dumps({"machine": machine, "rows": [row._asdict() for row in rows]}, indent=1) + "\n"

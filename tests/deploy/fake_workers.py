@@ -15,6 +15,7 @@ from common.config import Config
 from common.configuration import from_dict
 from common.status import Status
 from common.types import ArraySpec, EnvSpec, EpisodeResult
+from common.versions import Stretch
 from deploy.driver import Driver
 from deploy.outcome import Outcome
 from deploy.workers import EvaluationReport, Started
@@ -22,6 +23,7 @@ from learner.learner import LearnerReport
 from replay.table import ReplayInfo
 
 SPEC = EnvSpec("Fake", {"vector": ArraySpec((1,))}, 1, 5, 100)
+MADE_WITH = [Stretch(0, {"mujoco": "2.3.3"})]
 SLICE = 30  # env steps that a fake actor reports per slice
 BATCH_STEPS = 8  # agent steps per fake update
 
@@ -150,7 +152,7 @@ class FakeWorkers:
 def drive(workers: FakeWorkers, cfg: Config | None = None, resume: bool = False) -> Outcome:
     cfg = cfg or config()
     status = Status("fake", "Fake", "nano", 0, Path("nowhere"), cfg.env_steps)
-    return Driver(cfg, SPEC, Path("nowhere"), workers, status).run(resume)
+    return Driver(cfg, SPEC, Path("nowhere"), workers, status, MADE_WITH).run(resume)
 
 
 def saved_meta(workers: FakeWorkers) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from common import checkpoint
+from common import checkpoint, versions
 from common.types import EnvSpec, UserError
 from deploy import importing, warm_start, wiring
 from deploy import run_dir as runs
@@ -99,6 +99,8 @@ def test_every_method_imports_and_again_equal(tmp_path, described, method):
     repeat = meta["config"]["env"]["action_repeat"]
     updates = int(published.variables(method)["agent/task_behavior/critic/updates/value"])
     assert meta["env_steps"] == published.STEP * repeat  # the authors count decisions
+    assert meta["imported_with"] == versions.here()
+    assert "versions" not in meta  # nobody knows what it was trained with
     assert meta["counters"]["agent_steps"] == published.STEP
     assert meta["updates"] == meta["counters"]["updates"] == int(state.updates) == updates
     assert (state.cost_critic is not None) == (method in ("bsrp_lag", "osrp", "osrp_lag"))

@@ -24,6 +24,7 @@ from common.sinks import read_jsonl, truncate_jsonl
 from common.types import ArraySpec, UserError
 from deploy import evaluate, warm_start
 from deploy import run_dir as runs
+from deploy.cli import main
 from replay import backend
 from replay.process import spawn_server
 from tests.stacks import NO_REVERB
@@ -250,6 +251,29 @@ def test_what_a_checkpoint_says_about_itself(
     refused("eval", run)
     refused("train", "--from-checkpoint", run)
     refused("train", "--resume", run)
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [
+        "2.3.3",
+        [{"env_steps": 0, "versions": {"mujoco": "\x1b[2J"}}],
+        [{"env_steps": 0, "versions": {"mujoco": {"x": []}}}] * 10_000,
+    ],
+)
+def test_versions_that_are_none_are_not_repeated(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], versions: Any
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for path in (run / runs.CHECKPOINTS).iterdir():
+        reseal(path, lambda content: content["meta"].update(versions=versions))
+    with pytest.raises(SystemExit) as leaving:
+        main(["eval", str(run), "--episodes", "1", "--json"])
+    out, err = capsys.readouterr()
+    assert (leaving.value.code, err) == (0, "")
+    assert json.loads(out)["trained_on"] == []
+    assert [entry.env_steps for entry in runs.note_versions(run, resume=True)] == [2_000]
 
 
 # --- where a run begins ---------------------------------------------------------------------------
