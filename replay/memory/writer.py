@@ -23,7 +23,6 @@ _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05  # how long a blocked append waits before it asks `should_stop` again
 _SETTLE_SECONDS = 0.1  # of one question to the limiter
 _RETRY_SECONDS = 0.5  # between two looks for a replay that is gone
-_IN_FLIGHT = 2  # blocks that are sent before the first of them is confirmed
 _MAX_UNSENT = 64  # blocks that are kept while the replay is gone; a block is a chunk of every stream
 
 
@@ -135,7 +134,7 @@ class _Sender:
         self._stride, self._chunk = cfg.stride, chunk_length(batch_length)
         self._max_pending = 2 * -(-self._chunk // cfg.stride)
         self._unsent: deque[Block] = deque()
-        self._sent: deque[_Sent] = deque()  # and not confirmed
+        self._sent: _Sent | None = None  # and not confirmed
         self._pending = [0] * len(streams)
         self._life = 0  # of the streams; 0 while there are none
         self._missed_at: float | None = None  # when the replay was found to be gone
@@ -170,7 +169,9 @@ class _Sender:
         if any(self._filled):
             self._end_block()
         self._push(0, time.monotonic() + (min(timeout, 0.1) if self._should_stop() else timeout))
-        for block in [*(sent.block for sent in self._sent), *self._unsent]:
+        if self._sent is not None:
+            self._lose(self._sent.block)
+        for block in self._unsent:
             self._lose(block)
 
     def _begin_block(self) -> None:
@@ -190,7 +191,7 @@ class _Sender:
     def _dispatch(self, row: int) -> None:
         self._end_block()
         self._wait(row)
-        if len(self._sent) + len(self._unsent) > _MAX_UNSENT:
+        if len(self._unsent) > _MAX_UNSENT:
             self._break_stream("too much waits for it")
             self._lose(self._unsent.popleft())
 
@@ -218,12 +219,12 @@ class _Sender:
         try:
             if not self._life and not self._open():
                 return False
-            while self._unsent and len(self._sent) < _IN_FLIGHT:
+            # One at a time: whoever works on several calls at once keeps no order between them.
+            if self._sent is None and self._unsent:
                 answer = self._link.append(self._life, self._unsent[0])
-                self._sent.append(_Sent(self._unsent.popleft(), answer, time.monotonic()))
-            behind = bool(self._unsent) or len(self._sent) == _IN_FLIGHT
-            if self._sent and (wait or behind or self._sent[0].answer.done()):
-                self._confirm(self._sent[0].answered())
+                self._sent = _Sent(self._unsent.popleft(), answer, time.monotonic())
+            if self._sent is not None and (wait or self._unsent or self._sent.answer.done()):
+                self._confirm(self._sent.answered())
                 return False
             if max(self._pending) > pending:
                 self._pending = self._link.settle(self._life, self._streams, pending, _SETTLE_SECONDS)
@@ -247,7 +248,7 @@ class _Sender:
     def _confirm(self, appended: Appended | None) -> None:
         if appended is None:
             return
-        self._sent.popleft()
+        self._sent = None
         self._pending = appended.pending
         for row, due in enumerate(appended.due):
             self.items[row] += due
@@ -256,8 +257,9 @@ class _Sender:
         """What was not confirmed goes to the replay that comes, as the beginning of new streams."""
         if self._missed_at is None:
             _log.warning("Acting waits for the replay, which is gone: %s", reason)
-        self._unsent.extendleft(sent.block for sent in reversed(self._sent))
-        self._sent.clear()
+        if self._sent is not None:
+            self._unsent.appendleft(self._sent.block)
+            self._sent = None
         self._life, self._missed_at = 0, time.monotonic()
         self._pending = [0] * len(self._streams)
 
