@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from actors import rendering
-from actors.compat import safety_gymnasium, versions
+from actors.compat import safety_gymnasium
 from actors.safety_gym import make_env
+from common import versions
 from tests.benchmarks.measure import Row, clock
 
 REPEAT = 5
@@ -37,7 +38,7 @@ FRAME_ROBOTS = ("Point", "Car", "Racecar", "Ant", "Doggo")
 def run() -> Iterator[Row]:
     """Ratios per task, then of one camera frame per robot where there is OpenGL."""
     for task, (old, new) in TARGETS.items():
-        yield from _episodes(task, old if versions()["mujoco"].startswith("2.") else new)
+        yield from _episodes(task, old if versions.here()[versions.MUJOCO].startswith("2.") else new)
     if rendering.gl_backend() is not None:
         for robot in FRAME_ROBOTS:
             yield _frames(f"Safety{robot}Goal1-v0")
