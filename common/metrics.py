@@ -170,6 +170,19 @@ class MetricsWriter:
             logger.warning("%s failed and is switched off: %s", name, error)
 
 
+def cut_back(run_dir: Path, env_steps: int, updates: float = math.inf) -> None:
+    """Removes what a run has written beyond the checkpoint from which it goes on.
+
+    The learner may have gone on while nobody acted: of rows at the same env steps, `updates` tells.
+    Raises UserError where the files cannot be written.
+    """
+    try:
+        truncate_jsonl(run_dir / METRICS, env_steps, {"train/updates": updates})
+        truncate_jsonl(run_dir / EPISODES, env_steps)
+    except OSError as error:
+        raise UserError(f"cannot cut {run_dir / METRICS} back for --resume: {error.strerror}") from error
+
+
 def _prepare(run_dir: Path, resume_env_steps: int | None) -> float:
     """Cuts the files of an earlier run back to where it resumes; returns its wall-clock seconds."""
     metrics, episodes = run_dir / METRICS, run_dir / EPISODES
@@ -180,10 +193,6 @@ def _prepare(run_dir: Path, resume_env_steps: int | None) -> float:
                 "or choose another --run-dir"
             )
         return 0.0
-    try:
-        for path in (metrics, episodes):
-            truncate_jsonl(path, resume_env_steps)
-    except OSError as error:
-        raise UserError(f"cannot cut {run_dir / METRICS} back for --resume: {error.strerror}") from error
+    cut_back(run_dir, resume_env_steps)
     rows = read_jsonl(metrics)
     return float(rows[-1].get("wall_seconds") or 0.0) if rows else 0.0

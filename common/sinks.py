@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TextIO
 
 from common.types import UserError
@@ -198,8 +199,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [row for row in map(_parse, _lines(file)) if row is not None]
 
 
-def truncate_jsonl(path: Path, env_steps: int) -> int:
-    """Removes rows beyond `env_steps` and half-written lines; returns how many lines went."""
+def truncate_jsonl(path: Path, env_steps: int, most: Mapping[str, float] = MappingProxyType({})) -> int:
+    """Removes rows beyond `env_steps` and half-written lines; returns how many lines went.
+
+    Of rows at the same env steps, those go too in which a value is above its bound in `most`.
+    """
     if not path.exists():
         return 0
     kept, removed = path.with_name(path.name + ".kept"), 0
@@ -209,12 +213,17 @@ def truncate_jsonl(path: Path, env_steps: int) -> int:
     ):
         for line in _lines(source):
             row = _parse(line)
-            if row is None or row["env_steps"] > env_steps:
+            if row is None or row["env_steps"] > env_steps or _exceeds(row, most):
                 removed += 1
             else:
                 target.write(line.rstrip("\n") + "\n")
     os.replace(kept, path)
     return removed
+
+
+def _exceeds(row: Mapping[str, Any], most: Mapping[str, float]) -> bool:
+    values = ((row.get(name), bound) for name, bound in most.items())
+    return any(isinstance(value, int | float) and value > bound for value, bound in values)
 
 
 def _lines(file: TextIO) -> Iterator[str]:

@@ -22,7 +22,7 @@ from actors.inference_server import InferenceReport
 from actors.rollout import RolloutReport
 from common.config import Config
 from common.configuration import to_dict
-from common.metrics import Aggregator, summarize_episodes
+from common.metrics import Aggregator, cut_back, summarize_episodes
 from common.status import Evaluation, Status
 from common.types import EnvSpec, EpisodeResult, UserError
 from common.versions import Stretch, as_json
@@ -183,6 +183,7 @@ class Driver:
             # The learner counts for itself: a slice may have ended between these counters and its state.
             counters.updates = started.meta["updates"] + counters.lost_updates
             counters.replayed_steps = counters.updates * self._batch_steps
+            cut_back(self._run_dir, counters.env_steps, counters.updates)
             self._status.phase = "resuming"
         if self._counters.env_steps >= self._cfg.env_steps:
             raise UserError(

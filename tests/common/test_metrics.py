@@ -12,7 +12,7 @@ import pytest
 
 from common import metrics, sinks
 from common.config import LoggingConfig
-from common.metrics import Aggregator, MetricsWriter, summarize_episodes
+from common.metrics import METRICS, Aggregator, MetricsWriter, cut_back, summarize_episodes
 from common.sinks import JsonlSink, TensorBoardSink, panel_name, read_jsonl, truncate_jsonl
 from common.types import EpisodeResult, UserError
 
@@ -115,6 +115,16 @@ def test_truncate_drops_later_rows_and_half_written_lines(tmp_path):
     assert truncate_jsonl(path, 20) == 0
     assert path.read_text() == '{"env_steps": 10}\n{"env_steps": 15}\n'
     assert truncate_jsonl(tmp_path / "none.jsonl", 20) == 0
+
+
+def test_rows_of_updates_after_the_checkpoint_go_although_nobody_acted(tmp_path):
+    path = tmp_path / METRICS
+    rows = [{"env_steps": 20, "train/updates": updates} for updates in (7, 8, 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"env_steps": 20, "eval/return": 1}]))
+    cut_back(tmp_path, 20, updates=8)
+    assert read_jsonl(path) == [*rows[:2], {"env_steps": 20, "eval/return": 1}]
+    cut_back(tmp_path, 19)
+    assert read_jsonl(path) == []
     assert not (tmp_path / "none.jsonl").exists()
 
 
