@@ -149,7 +149,7 @@ class MetricsWriter:
         self._episodes_file.close()
 
     def _write(self, env_steps: int, values: Mapping[str, Any]) -> None:
-        wall_seconds = round(time.monotonic() - self._started, 3)
+        wall_seconds = round(time.monotonic() - self._started, 6)  # two rows never share one
         self._metrics_file.write(env_steps, {"wall_seconds": wall_seconds, **values})
         for name in list(self._optional):
             self._guard(name, lambda sink: sink.write(env_steps, values))

@@ -87,7 +87,7 @@ def gradients(trained: Trained) -> dict[str, np.ndarray]:
 def test_gradients(trained: Trained) -> None:
     """After global-norm clipping.
 
-    To 2e-5 of an array's largest number: what 160 imagined steps or whole images sum up to in some order
+    To 1e-5 of an array's largest number, on newer jax to 2e-5: what 160 imagined steps or whole images sum up to in some order
     cancels in many of the others. Measured against the same gradients in float64 (OSRP-Lag, worst array): the
     recording is off by 6.5e-6, ours by 9.2e-6 with jax 0.6.2 and by 1.1e-5 with 0.12.0, where both point to
     different sides in the cost head (1.5e-5 apart).
@@ -96,7 +96,8 @@ def test_gradients(trained: Trained) -> None:
     parameters = {name for name in ours if "/slow/" not in name and not name.endswith("/value")}
     assert set(theirs) == parameters
     for name, gradient in theirs.items():
-        assert_close(ours[name], gradient, terms=2 * np.abs(gradient).max(), name=name)
+        terms = np.abs(gradient).max() * (1 if jax.__version_info__ < (0, 7) else 2)
+        assert_close(ours[name], gradient, terms=terms, name=name)
 
 
 def test_clipping_is_among_what_is_compared(augmented: System) -> None:
