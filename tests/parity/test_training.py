@@ -87,8 +87,8 @@ def gradients(trained: Trained) -> dict[str, np.ndarray]:
 def test_gradients(trained: Trained) -> None:
     """After global-norm clipping.
 
-    To 1e-5 of an array's largest number, on newer jax to 2e-5: what 160 imagined steps or whole images sum up to in some order
-    cancels in many of the others. Measured against the same gradients in float64 (OSRP-Lag, worst array): the
+    To 1e-5 of an array's largest number, on newer jax to 2e-5: what 160 imagined steps or whole images sum up
+    to in some order cancels in many of the others. Measured against float64 (OSRP-Lag, worst array): the
     recording is off by 6.5e-6, ours by 9.2e-6 with jax 0.6.2 and by 1.1e-5 with 0.12.0, where both point to
     different sides in the cost head (1.5e-5 apart).
     """
